@@ -1,0 +1,113 @@
+"""``ModelSpec``: the shape of a decoder-only transformer, independent of any framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from estimator.errors import InputError, invalid, require_choice, require_int
+
+Positions = Literal["learned", "rotary", "alibi", "none"]
+Norm = Literal["layernorm", "rmsnorm"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One decoder-only transformer. Every field is read from the user's config, none is guessed.
+
+    Raises ``InputError`` when a field is out of range or two fields contradict each other.
+    """
+
+    name: str
+    """Name shown in reports, e.g. ``"llama-3-8b"``."""
+    family: str
+    """Hugging Face ``model_type`` (``"gpt2"``, ``"llama"``, ...) or ``"custom"``."""
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    """Key/value heads; equal to ``n_heads`` without grouped-query attention."""
+    head_dim: int
+    """Width of one head; ``n_heads * head_dim`` need not equal ``d_model`` (Gemma, Qwen3)."""
+    d_ff: int
+    """Hidden width of the MLP (of each of the two input projections when gated)."""
+    vocab_size: int
+    max_positions: int
+    """Longest sequence that the model accepts."""
+    positions: Positions = "rotary"
+    position_rows: int = 0
+    """Rows of the learned position table (OPT has two more than ``max_positions``); 0 when not learned."""
+    rotary_fraction: float = 1.0
+    """Share of each head that is rotated (GPT-NeoX: 0.25)."""
+    rope_theta: float = 10000.0
+    norm: Norm = "rmsnorm"
+    norm_bias: bool = False
+    """LayerNorm has a bias vector (always False for RMSNorm)."""
+    norm_eps: float = 1e-5
+    activation: Activation = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm of ``head_dim`` weights on queries and on keys (Qwen3, Gemma 3)."""
+    sandwich_norms: bool = False
+    """A second norm after attention and after the MLP (Gemma 2 and 3)."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same residual stream (GPT-NeoX)."""
+    embedding_norm: bool = False
+    """A norm right after the token embedding (BLOOM)."""
+    embed_dim: int = 0
+    """Token-embedding width when projected to ``d_model`` (OPT-350m); 0 means ``d_model``."""
+    final_norm: bool = True
+    pre_norm: bool = True
+    """Norms stand before attention and MLP; False puts them after the residual (OPT-350m)."""
+    tied_embeddings: bool = False
+    """The head shares the token-embedding matrix."""
+    sliding_window: int = 0
+    """Attention window in tokens of the windowed layers; 0 means none."""
+    global_every: int = 0
+    """Every n-th layer attends globally although ``sliding_window`` is set (Gemma 2: 2, Gemma 3: 6); 0: none does."""
+
+    def __post_init__(self) -> None:
+        for field in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_positions"):
+            require_int(f"model.{field}", getattr(self, field))
+        for field in ("position_rows", "embed_dim", "sliding_window", "global_every"):
+            require_int(f"model.{field}", getattr(self, field), minimum=0)
+        require_choice("model.positions", self.positions, get_args(Positions))
+        require_choice("model.norm", self.norm, get_args(Norm))
+        require_choice("model.activation", self.activation, get_args(Activation))
+        if self.n_heads % self.n_kv_heads:
+            raise invalid("model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads = {self.n_heads}")
+        if not 0.0 < self.rotary_fraction <= 1.0:
+            raise invalid("model.rotary_fraction", self.rotary_fraction, "more than 0, at most 1")
+        if (self.positions == "learned") != (self.position_rows > 0):
+            raise InputError(
+                f"model.position_rows is {self.position_rows} with positions = {self.positions!r}; "
+                "a learned table needs rows, any other kind has none"
+            )
+        if self.norm == "rmsnorm" and self.norm_bias:
+            raise InputError("model.norm_bias is True with norm = 'rmsnorm'; RMSNorm has no bias")
+
+    @property
+    def d_attn(self) -> int:
+        """Width of all query heads together."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def d_kv(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated channels of one head; 0 when positions are not rotary."""
+        return int(self.head_dim * self.rotary_fraction) if self.positions == "rotary" else 0
+
+    def window_of(self, layer: int) -> int:
+        """Attention window of ``layer`` (0-based) in tokens; 0 when it attends globally."""
+        if self.sliding_window and self.global_every and (layer + 1) % self.global_every == 0:
+            return 0
+        return self.sliding_window

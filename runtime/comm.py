@@ -1,0 +1,49 @@
+"""Collectives over the data-parallel group, counted as they are issued."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Communicator:
+    """Starts collectives; every call and its full (unsharded) bytes are counted from the tensors themselves.
+
+    On NCCL parameter gathers and gradient reductions use process groups, and so streams, of their own.
+    """
+
+    def __init__(self) -> None:
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self._gather_group: Any = None
+        self._reduce_group: Any = None
+        if self.size > 1 and dist.get_backend() == "nccl":
+            self._gather_group, self._reduce_group = dist.new_group(), dist.new_group()
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def _count(self, op: str, full: Tensor) -> None:
+        self.bytes[op] += full.numel() * full.element_size()
+        self.calls[op] += 1
+
+    def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
+        """``full`` becomes the shards of all ranks in rank order; ``shard`` may be its own slice of ``full``."""
+        self._count("all_gather", full)
+        return dist.all_gather_into_tensor(full, shard, group=self._gather_group, async_op=True)
+
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
+        """``shard`` becomes this rank's slice of the sum over ranks; it may be that slice of ``full``."""
+        self._count("reduce_scatter", full)
+        return dist.reduce_scatter_tensor(shard, full, group=self._reduce_group, async_op=True)
+
+    def all_reduce(self, tensor: Tensor) -> dist.Work:
+        """``tensor`` becomes the sum over ranks."""
+        self._count("all_reduce", tensor)
+        return dist.all_reduce(tensor, group=self._reduce_group, async_op=True)
+
+    def start_step(self) -> None:
+        self.bytes.clear()
+        self.calls.clear()

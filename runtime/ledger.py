@@ -1,0 +1,223 @@
+"""``Ledger``: every live byte of a rank, with the category, pass and unit that it belongs to.
+
+A dispatch mode sees each operator's outputs; a weak reference on their storage sees them die. Works on real and on
+``meta`` tensors alike, so that ``fake`` and ``cpu`` runs are metered by the same code. Buffers that the runtime
+manages itself (it empties and refills their storage) are reported by ``hold`` and ``release``.
+
+Tracking slows the host down: time is never measured while a ledger is active.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from estimator.schedule.events import Buffer
+
+UNDECIDED = "undecided"
+"""Allocated inside a forward pass: an activation if it outlives the pass, else a temporary."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """One storage. ``scope`` is the pass (or replay) that made it; ``category`` may still be undecided."""
+
+    n_bytes: int
+    category: str
+    host: bool
+    scope: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerReport:
+    """Device bytes of one step at their peak, by category, phase and place; host bytes at theirs."""
+
+    peak_bytes: int
+    peak_phase: str
+    peak_where: str
+    category_bytes_at_peak: dict[str, int]
+    category_peak_bytes: dict[str, int]
+    phase_peak_bytes: dict[str, int]
+    host_peak_bytes: int
+    host_category_peak_bytes: dict[str, int]
+
+
+@dataclass(slots=True)
+class _Log:
+    """What happened since ``start_step``: (block, delta) and changes of phase."""
+
+    entries: list[tuple[_Block, int] | tuple[str, str]] = field(default_factory=list)
+    start: list[_Block] = field(default_factory=list)
+    phase: tuple[str, str] = ("init", "start")
+
+
+class Ledger(TorchDispatchMode):
+    """Meters allocations while active (``with ledger: ...``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: dict[int, _Block] = {}
+        self._refs: dict[int, weakref.ref] = {}
+        self._held: dict[int, _Block] = {}
+        self._category: list[str] = ["temporaries"]
+        self._host = False
+        self._blind = False
+        self._scope = 0
+        self._open_scope = 0
+        self._log = _Log()
+
+    # ---- what the runtime says ------------------------------------------------------------------------------------
+
+    def hold(self, key: int, buffer: Buffer) -> None:
+        """A managed buffer now occupies its bytes."""
+        block = _Block(buffer.n_bytes, buffer.category, buffer.place == "host", 0)
+        assert key not in self._held, f"{buffer} is held twice"
+        self._held[key] = block
+        self._log.entries.append((block, block.n_bytes))
+
+    def release(self, key: int) -> None:
+        """A managed buffer gave its bytes back."""
+        block = self._held.pop(key)
+        self._log.entries.append((block, -block.n_bytes))
+
+    def enter(self, phase: str, where: str) -> None:
+        """From now on bytes are counted under ``phase``; ``where`` names the unit and pass."""
+        self._log.entries.append((phase, where))
+        self._log.phase = (phase, where)
+
+    @contextmanager
+    def category(self, name: str) -> Iterator[None]:
+        """Operators inside allocate under ``name``."""
+        self._category.append(name)
+        try:
+            yield
+        finally:
+            self._category.pop()
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Operators inside allocate host memory."""
+        before, self._host = self._host, True
+        try:
+            yield
+        finally:
+            self._host = before
+
+    @contextmanager
+    def blind(self) -> Iterator[None]:
+        """Operators inside allocate memory that is reported otherwise."""
+        before, self._blind = self._blind, True
+        try:
+            yield
+        finally:
+            self._blind = before
+
+    def open_scope(self) -> None:
+        """A forward pass (or a replay of one) begins: its allocations are activations or temporaries."""
+        self._scope += 1
+        self._open_scope = self._scope
+        self._category.append(UNDECIDED)
+
+    def close_scope(self) -> None:
+        """The pass is over: what is still alive is an activation."""
+        for block in self._live.values():
+            if block.scope == self._open_scope and block.category == UNDECIDED:
+                block.category = "activations"
+        self._open_scope = 0
+        self._category.remove(UNDECIDED)
+
+    # ---- what torch does ------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in () if self._blind else tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf, args)
+        return out
+
+    def _see(self, tensor: torch.Tensor, args: tuple) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live or key in self._held or storage.nbytes() == 0:
+            return
+        category = self._category[-1]
+        if self._descends_from_logits(tensor, args):
+            category = "logits_loss"
+        block = _Block(storage.nbytes(), category, self._host, self._open_scope)
+        self._live[key] = block
+        self._refs[key] = weakref.ref(storage, self._forget(key))
+        self._log.entries.append((block, block.n_bytes))
+
+    def _descends_from_logits(self, tensor: torch.Tensor, args: tuple) -> bool:
+        """A tensor made element by element from logits is logits too (their copies and gradients)."""
+        if self._category[-1] != "temporaries":
+            return False
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.numel() == tensor.numel() > 1:
+                source = self._live.get(arg.untyped_storage()._cdata)
+                if source is not None and source.category == "logits_loss":
+                    return True
+        return False
+
+    def _forget(self, key: int) -> Callable[[Any], None]:
+        def gone(_: Any) -> None:
+            block = self._live.pop(key)
+            del self._refs[key]
+            if block.category == UNDECIDED:
+                block.category = "temporaries"
+            self._log.entries.append((block, -block.n_bytes))
+
+        return gone
+
+    # ---- what it adds up to ---------------------------------------------------------------------------------------
+
+    def start_step(self) -> None:
+        """Forget the past; what is live now is the baseline of the step that begins."""
+        self._log = _Log(start=[*self._live.values(), *self._held.values()], phase=self._log.phase)
+
+    def report(self) -> LedgerReport:
+        """Peaks since ``start_step``. Only device bytes count towards the peak."""
+        live: dict[str, int] = {}
+        host: dict[str, int] = {}
+        for block in self._log.start:
+            side = host if block.host else live
+            side[block.category] = side.get(block.category, 0) + block.n_bytes
+        total, host_total = sum(live.values()), sum(host.values())
+        peak, host_peak, at_peak = total, host_total, dict(live)
+        phase, where = peak_phase, peak_where = self._log.phase
+        category_peak, host_category_peak, phase_peak = dict(live), dict(host), {phase: total}
+        for entry in self._log.entries:
+            if isinstance(entry[0], str):
+                phase, where = entry  # type: ignore[assignment]
+                phase_peak[phase] = max(phase_peak.get(phase, 0), total)
+                continue
+            block, delta = entry
+            side, side_peak = (host, host_category_peak) if block.host else (live, category_peak)
+            value = side.get(block.category, 0) + delta  # type: ignore[operator]
+            side[block.category] = value
+            side_peak[block.category] = max(side_peak.get(block.category, 0), value)
+            if block.host:
+                host_total += delta  # type: ignore[operator]
+                host_peak = max(host_peak, host_total)
+                continue
+            total += delta  # type: ignore[operator]
+            phase_peak[phase] = max(phase_peak.get(phase, 0), total)
+            if total > peak:
+                peak, at_peak, peak_phase, peak_where = total, dict(live), phase, where
+        return LedgerReport(
+            peak_bytes=peak,
+            peak_phase=peak_phase,
+            peak_where=peak_where,
+            category_bytes_at_peak={k: v for k, v in at_peak.items() if v},
+            category_peak_bytes={k: v for k, v in category_peak.items() if v},
+            phase_peak_bytes=phase_peak,
+            host_peak_bytes=host_peak,
+            host_category_peak_bytes={k: v for k, v in host_category_peak.items() if v},
+        )

@@ -1,0 +1,55 @@
+"""Finding a module's units: what is fetched, computed, reduced and stepped together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from estimator.errors import InputError
+from estimator.sharding.units import Param, Unit
+
+
+class LiveUnit(NamedTuple):
+    """A unit of a live module: its submodule, its description, and the parameters it owns, in that order."""
+
+    module: nn.Module
+    unit: Unit
+    params: list[nn.Parameter]
+
+
+def find_units(model: nn.Module) -> list[LiveUnit]:
+    """The children of ``model`` in order, lists of modules taken apart (``embed``, ``blocks.0``, ..., ``head``).
+
+    They must run once each per forward pass, in this order, and hold all parameters; a parameter that several share
+    belongs to the first, the others borrow it. Raises ``InputError`` otherwise.
+    """
+    modules: list[tuple[str, nn.Module]] = []
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            modules += [(f"{name}.{i}", part) for i, part in enumerate(child)]
+        else:
+            modules.append((name, child))
+    own = [name for name, _ in model.named_parameters(recurse=False)]
+    if own:
+        raise InputError(f"model has parameters outside its child modules: {', '.join(own)}; put them into a child module")
+    owner: dict[nn.Parameter, int] = {}
+    units: list[LiveUnit] = []
+    for name, module in modules:
+        mine, params, borrows = [], [], []
+        for param_name, param in module.named_parameters():
+            if param in owner:
+                borrows.append(owner[param])
+                continue
+            owner[param] = len(units)
+            mine.append(Param(param_name, tuple(param.shape)))
+            params.append(param)
+        if not mine and not borrows:
+            continue
+        kind = name.split(".")[0] if "." not in name else "block"
+        reads = not all(isinstance(m, nn.Embedding) for m in module.modules() if next(m.parameters(recurse=False), None) is not None)
+        unit = Unit(name, kind, tuple(mine), tuple(dict.fromkeys(borrows)), backward_reads=reads)
+        units.append(LiveUnit(module, unit, params))
+    if not units:
+        raise InputError("model has no parameters; there is nothing to train")
+    return units
