@@ -9,6 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""torch 2.13 renamed both; 2.11 has only the old names."""
+
+
 class Communicator:
     """Starts collectives; every call and its full (unsharded) bytes are counted from the tensors themselves.
 
@@ -32,12 +37,16 @@ class Communicator:
     def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
         """``full`` becomes the shards of all ranks in rank order; ``shard`` may be its own slice of ``full``."""
         self._count("all_gather", full)
-        return dist.all_gather_into_tensor(full, shard, group=self._gather_group, async_op=True)
+        return _all_gather(full, shard, group=self._gather_group, async_op=True)
+
+    def gather_now(self, full: Tensor, shard: Tensor) -> None:
+        """An all-gather outside of any step: waited for, not counted."""
+        _all_gather(full, shard)
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
         """``shard`` becomes this rank's slice of the sum over ranks; it may be that slice of ``full``."""
         self._count("reduce_scatter", full)
-        return dist.reduce_scatter_tensor(shard, full, group=self._reduce_group, async_op=True)
+        return _reduce_scatter(shard, full, group=self._reduce_group, async_op=True)
 
     def all_reduce(self, tensor: Tensor) -> dist.Work:
         """``tensor`` becomes the sum over ranks."""

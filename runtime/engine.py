@@ -227,7 +227,7 @@ class Engine:
             if full.numel() == shard.numel():
                 full = shard
             else:
-                torch.distributed.all_gather_into_tensor(full, shard.contiguous())
+                self.comm.gather_now(full, shard.contiguous())
             for slot in storage.slots:
                 unit = self.layout.units[slot.unit]
                 name = f"{unit.name}.{slot.param.name}"

@@ -60,7 +60,12 @@ class _Reader:
         self.phase_peak: dict[str, int] = {}
         self.at: tuple[str, str] = ("init", "start")
         self._terms = {
-            id(memory): (list(memory.peak.items()), sum(memory.peak.values()), list(memory.after.items()))
+            id(memory): (
+                list(memory.peak.items()),
+                sum(memory.peak.values()),
+                list(memory.after.items()),
+                list(memory.category_peak.items()),
+            )
             for cost in costs
             for memory in (cost.forward_memory, cost.backward_memory)
         }
@@ -125,10 +130,10 @@ class _Reader:
     def _compute(self, unit: int, phase: str) -> None:
         cost, device = self.costs[unit], self.device
         memory = cost.backward_memory if phase == "backward" else cost.forward_memory
-        peak, peak_total, after = self._terms[id(memory)]
+        peak, peak_total, after, category_peak = self._terms[id(memory)]
         self.phase, self.where = phase, f"{phase} of {self.units[unit].name}"
         self._look(device.total + peak_total, peak)
-        for category, n_bytes in peak:
+        for category, n_bytes in category_peak:
             value = device.live.get(category, 0) + n_bytes
             if value > device.category_peak.get(category, 0):
                 device.category_peak[category] = value

@@ -14,6 +14,8 @@ class PassMemory(NamedTuple):
     """Change at the instant of the largest total inside the pass."""
     after: dict[str, int]
     """Change that remains when the pass is over (may be negative)."""
+    category_peak: dict[str, int]
+    """Each category's own largest change inside the pass."""
 
 
 class UnitCost(NamedTuple):

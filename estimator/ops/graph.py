@@ -260,7 +260,7 @@ class Graph:
                     self._elementwise("embedding_backward", 2 * n_bytes + table_bytes, 0, True, kind="embedding"),
                     self._elementwise("accumulate_grad", 3 * table_bytes, table_rows * width, True),
                 ),
-                param_grad_bytes=table_bytes * (2 if tied else 1),
+                param_grad_bytes=table_bytes,
                 settled_grad_bytes=table_bytes if tied else 0,
             )
         )

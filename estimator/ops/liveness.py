@@ -57,13 +57,21 @@ class _Meter:
         self.total = 0
         self.peak_total = 0
         self.peak: dict[str, int] = {}
+        self.category_peak: dict[str, int] = {}
 
     def add(self, category: str, n_bytes: int) -> None:
         self.live[category] += n_bytes
         self.total += n_bytes
+        if n_bytes > 0:
+            self._raise(category, self.live[category])
+
+    def _raise(self, category: str, n_bytes: int) -> None:
+        if n_bytes > self.category_peak.get(category, 0):
+            self.category_peak[category] = n_bytes
 
     def look(self, temp_bytes: int = 0, temp_category: str = _TEMPORARIES) -> None:
         """Compare this instant, with ``temp_bytes`` more, to the largest so far."""
+        self._raise(temp_category, self.live[temp_category] + temp_bytes)
         if self.total + temp_bytes > self.peak_total:
             self.peak_total = self.total + temp_bytes
             self.peak = dict(self.live)
@@ -71,7 +79,7 @@ class _Meter:
 
     def memory(self) -> PassMemory:
         return PassMemory(
-            {k: v for k, v in self.peak.items() if v}, {k: v for k, v in self.live.items() if v}
+            {k: v for k, v in self.peak.items() if v}, {k: v for k, v in self.live.items() if v}, self.category_peak
         )
 
 
@@ -79,8 +87,11 @@ class _Forward:
     """Plays a forward pass that keeps ``kept``. ``from_cache``: outputs of cached nodes already exist."""
 
     def __init__(self, graph: Graph, kept: set[Ref], from_cache: bool) -> None:
-        self.graph, self.kept, self.from_cache = graph, kept, from_cache
+        self.graph, self.from_cache = graph, from_cache
         self.meter = _Meter()
+        self.known = {graph.input, graph.output, *kept}
+        if from_cache:
+            self.known |= {node.output for node in graph.nodes if node.cached}
         self.ends: dict[int, list[Ref]] = {}
         for ref, tensor in enumerate(graph.tensors):
             if ref not in kept and ref != graph.output:
@@ -89,8 +100,7 @@ class _Forward:
     def category(self, ref: Ref) -> str:
         """Tensors that die inside the pass are temporaries, except logits."""
         tensor = self.graph.tensors[ref]
-        stays = ref in self.kept or ref in (self.graph.output, self.graph.input) or tensor.category == "logits_loss"
-        return tensor.category if stays else _TEMPORARIES
+        return tensor.category if ref in self.known or tensor.category == "logits_loss" else _TEMPORARIES
 
     def run(self, stop: int) -> PassMemory:
         self.play(stop)
@@ -113,28 +123,33 @@ def _backward(graph: Graph, kept: set[Ref], recompute: Recompute) -> PassMemory:
     tensors, nodes = graph.tensors, graph.nodes
     saved = Counter(ref for node in nodes for ref in (*node.saves, *node.aux))
     if recompute != "none":
-        meter = _replay(graph, kept, set(saved), recompute)
-        for ref in kept - set(saved):
-            meter.add(tensors[ref].category, -tensors[ref].n_bytes)
+        stop = _replay_stop(graph)
+        meter = _replay(graph, set(saved), recompute, stop)
+        for ref in kept - set(saved) - {graph.input}:
+            if tensors[ref].last_use >= stop or ref == graph.output:
+                meter.add(tensors[ref].category, -tensors[ref].n_bytes)
     _play_backward(graph, saved, meter)
     return meter.memory()
 
 
-def _replay(graph: Graph, kept: set[Ref], saved: set[Ref], recompute: Recompute) -> _Meter:
-    """The checkpointed forward again, up to its last saved tensor; then only saved tensors remain."""
-    stop = _replay_stop(graph)
-    forward = _Forward(graph, saved | kept, from_cache=recompute == "selective")
+def _replay(graph: Graph, saved: set[Ref], recompute: Recompute, stop: int) -> _Meter:
+    """The checkpointed forward again, up to its last saved tensor; then only saved tensors remain.
+
+    Cached outputs are handed out as they are reached and die like any other; one that is never reached stays in the
+    cache until the replay is over.
+    """
+    forward = _Forward(graph, saved | {graph.input}, from_cache=recompute == "selective")
     forward.play(stop)
     meter = forward.meter
     for node in graph.nodes[:stop]:
         for ref in (node.output, *node.aux):
-            dropped = ref not in saved and ref not in kept and graph.tensors[ref].last_use >= stop
-            if dropped and not (forward.from_cache and node.cached):
+            if ref not in saved and graph.tensors[ref].last_use >= stop and not (forward.from_cache and node.cached):
                 meter.add(forward.category(ref), -graph.tensors[ref].n_bytes)
     return meter
 
 
 def _play_backward(graph: Graph, saved: Counter[Ref], meter: _Meter) -> None:
+    """Nodes in reverse. ``saved`` counts the nodes that hold a storage."""
     tensors = graph.tensors
     grad_of: dict[Ref, int] = {graph.output: 0}
     grad_bytes: list[tuple[int, str]] = [_grad(graph, graph.output)]
@@ -161,12 +176,15 @@ def _play_backward(graph: Graph, saved: Counter[Ref], meter: _Meter) -> None:
         for _, grad in outgoing:
             grad_refs[grad] += 1
         meter.look(node.backward_temp_bytes + node.param_grad_bytes + node.pending_grad_bytes)
-        meter.add(_TEMPORARIES, node.pending_grad_bytes - node.settled_grad_bytes)
+        meter.add(_TEMPORARIES, node.pending_grad_bytes)
         for ref in (*node.saves, *node.aux):
             saved[ref] -= 1
             if saved[ref] == 0:
                 meter.add(tensors[ref].category, -tensors[ref].n_bytes)
         drop_grad(incoming)
+        if node.settled_grad_bytes:
+            meter.look(2 * node.settled_grad_bytes)
+            meter.add(_TEMPORARIES, -node.settled_grad_bytes)
         for ref, grad in outgoing:
             if ref not in grad_of:
                 grad_of[ref] = grad

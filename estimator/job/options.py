@@ -1,0 +1,141 @@
+"""A job from the command line's flags: names are looked up, defaults filled in, the parts checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from estimator import catalog
+from estimator.catalog.hardware import gbps_to_bytes_per_s
+from estimator.errors import InputError
+from estimator.job.cluster import Cluster, Gpu, Host
+from estimator.job.fields import hints_of, shown, typed, whole
+from estimator.job.hf import load_config
+from estimator.job.job import Job
+from estimator.job.model import ModelSpec
+from estimator.job.strategy import Strategy
+from estimator.job.workload import Workload
+from estimator.units import MIB
+
+DEFAULT_SEQ_LEN = 4096
+"""Longest sequence taken when none is given; models that accept less take their own maximum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """The flags of a job, as typed by a user; ``None`` stands for the default that the field's note names."""
+
+    model: str
+    """Catalogue name, ``config.json``, or a folder with one."""
+    gpu: str
+    """Catalogue name, ``"cpu"``, or the name of this machine's calibrated profile."""
+    gpus: int = 8
+    gpus_per_node: int | None = None
+    """Default: what is usual for the GPU; on ``cpu`` one node holds all."""
+    internode_gbps: float | None = None
+    """Network between nodes in gigabits per second and GPU. Default: what is usual for the GPU."""
+    zero: int = 3
+    offload: str = "none"
+    recompute: str = "none"
+    dtype: str = "bf16"
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    seq_len: int | None = None
+    """Default: the model's longest sequence, at most 4096."""
+    micro_batch: int = 1
+    """Sequences per GPU and pass."""
+    global_batch: int | None = None
+    """Sequences per step. Default: micro_batch x data-parallel GPUs (no accumulation)."""
+    optimizer: str = "adamw"
+    bucket_bytes: int = 64 * MIB
+    prefetch_depth: int = 1
+    grad_clip: float = 1.0
+
+
+def build_job(options: JobOptions, *, local_gpu: Gpu | None = None, local_host: Host | None = None) -> Job:
+    """The ``Job`` that ``options`` describe.
+
+    ``local_gpu`` and ``local_host`` are this machine as ``calibrate`` measured it; ``--gpu cpu`` (or its name) means it.
+    Raises ``InputError`` for the first thing that is wrong.
+    """
+    hints = hints_of(JobOptions)
+    o = JobOptions(**{f.name: typed(f.name, getattr(options, f.name), hints[f.name]) for f in fields(JobOptions)})
+    strategy = Strategy(
+        zero_stage=o.zero,
+        offload=o.offload,  # type: ignore[arg-type]  # Strategy checks the choice
+        recompute=o.recompute,  # type: ignore[arg-type]
+        dtype=o.dtype,  # type: ignore[arg-type]
+        optimizer=o.optimizer,  # type: ignore[arg-type]
+        tp=o.tp,
+        pp=o.pp,
+        cp=o.cp,
+        ep=o.ep,
+        bucket_bytes=o.bucket_bytes,
+        prefetch_depth=o.prefetch_depth,
+        grad_clip=o.grad_clip,
+    )
+    sizes = {"n_gpus": o.gpus, "gpus_per_node": o.gpus_per_node, "internode_gbps": o.internode_gbps}
+    nodes = resolve_cluster(o.gpu, sizes, local_gpu=local_gpu, local_host=local_host)  # type: ignore[arg-type]
+    batch = {"seq_len": o.seq_len, "micro_batch": o.micro_batch, "global_batch": o.global_batch}
+    return assemble_job(resolve_model(o.model), nodes, strategy, batch)
+
+
+def resolve_model(name: str) -> ModelSpec:
+    """The model in the catalogue (which comes first), or in the ``config.json`` (or folder with one) at the path ``name``."""
+    if catalog.find_model(name):
+        return catalog.model(name)
+    try:
+        is_path = Path(name).exists() or name.endswith((".json", "/")) or name.startswith(("/", "./", "../"))
+    except (OSError, ValueError):
+        is_path = False
+    return load_config(Path(name)) if is_path else catalog.model(name)
+
+
+def resolve_cluster(
+    gpu_name: str, sizes: dict[str, int | float | None], *, local_gpu: Gpu | None = None, local_host: Host | None = None
+) -> Cluster:
+    """The cluster of ``sizes`` (``n_gpus``, ``gpus_per_node``, ``internode_gbps``) from a GPU's name."""
+    name = gpu_name.strip().lower()
+    if local_gpu is not None and local_host is not None and name in ("cpu", local_gpu.name.lower()):
+        return local_cluster(local_gpu, local_host, sizes)
+    if name == "cpu":
+        raise InputError("gpu is 'cpu', but this machine has not been measured; run `zerocast calibrate` first")
+    return catalog.cluster(gpu_name, **sizes)  # type: ignore[arg-type]
+
+
+def local_cluster(gpu: Gpu, host: Host, sizes: dict[str, int | float | None]) -> Cluster:
+    """Processes on this machine; more than ``gpus_per_node`` of them need a given network."""
+    n_gpus = whole("gpus", sizes["n_gpus"])
+    per_node = n_gpus if sizes["gpus_per_node"] is None else whole("gpus_per_node", sizes["gpus_per_node"])
+    rate = gpu.link_bytes_per_s
+    if sizes["internode_gbps"] is not None:
+        rate = gbps_to_bytes_per_s(sizes["internode_gbps"])
+    elif n_gpus > per_node:
+        raise InputError(
+            f"internode_gbps is not given; several nodes of {shown(gpu.name)} need it, allowed: a number > 0"
+        )
+    return Cluster(gpu=gpu, n_gpus=n_gpus, gpus_per_node=per_node, internode_bytes_per_s=rate, host=host)
+
+
+def assemble_job(model: ModelSpec, cluster: Cluster, strategy: Strategy, batch: dict[str, int | None]) -> Job:
+    """Puts the parts together and fills in the defaults of ``batch`` (``seq_len``, ``micro_batch``, ``global_batch``).
+
+    Raises ``InputError`` when the GPU has no fast path for the dtype, or when sizes do not fit together.
+    """
+    peaks = cluster.gpu.peak_flops
+    if strategy.dtype not in peaks and strategy.dtype != "fp32":
+        usable = [dtype for dtype in ("fp32", "fp16", "bf16") if dtype in peaks]
+        raise InputError(
+            f"dtype is {strategy.dtype!r}, for which {cluster.gpu.name} has no fast path; allowed: {', '.join(usable)}"
+        )
+    micro_batch = 1 if batch.get("micro_batch") is None else whole("micro_batch", batch["micro_batch"])
+    seq_len, global_batch = batch.get("seq_len"), batch.get("global_batch")
+    dp = max(1, cluster.n_gpus // strategy.model_parallel)
+    workload = Workload(
+        seq_len=min(DEFAULT_SEQ_LEN, model.max_positions) if seq_len is None else seq_len,
+        micro_batch_size=micro_batch,
+        global_batch_size=micro_batch * dp if global_batch is None else global_batch,
+    )
+    return Job(model=model, workload=workload, strategy=strategy, cluster=cluster)

@@ -1,0 +1,124 @@
+"""Seconds of every kind of event of one job, each worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from estimator.job.job import Job
+from estimator.job.strategy import OPTIMIZER_STATES
+from estimator.ops.cost import UnitCost
+from estimator.ops.operator import Op
+from estimator.time.network import CollectiveOp, CollectiveTimer
+from estimator.time.operators import OperatorTimer, curve_seconds, seconds_curve
+from estimator.time.profile import HardwareProfile
+from estimator.units import DTYPE_BYTES
+
+PassTime = tuple[str, float, float, float]
+"""Part, device seconds, seconds from issue to end if the device never lags, seconds of issuing. With compute clock
+``c`` and host clock ``h`` the pass ends at ``max(c + device, h + issue_to_end)``: a chain of kernels, each of which
+starts when it is issued and its predecessor is done, is linear in that sense."""
+
+
+class Durations:
+    """Seconds of a job's events on a profile; ``workers`` ranks share a node."""
+
+    def __init__(self, costs: Sequence[UnitCost], job: Job, profile: HardwareProfile) -> None:
+        cluster, strategy = job.cluster, job.strategy
+        self.job, self.profile, self.costs = job, profile, costs
+        self.workers = min(cluster.n_gpus, cluster.gpus_per_node)
+        self.ops = OperatorTimer(cluster.gpu, profile, self.workers)
+        per_node = max(1, cluster.gpus_per_node // strategy.model_parallel)
+        self.network = CollectiveTimer(cluster, profile, job.dp, per_node, strategy.dtype)
+        self.is_cpu = self.ops.is_cpu
+        self.issue_s = 0.0 if self.is_cpu else self.ops.host_op_s
+        self._passes: dict[tuple[int, str], tuple[PassTime, ...]] = {}
+        self._copies: dict[tuple[str, int], float] = {}
+
+    def passes(self, unit: int, phase: str) -> tuple[PassTime, ...]:
+        """What ``Compute(unit, phase)`` runs: the loss counts as forward; recomputation precedes backward."""
+        cost = self.costs[unit]
+        key = (id(cost), phase)
+        known = self._passes.get(key)
+        if known is None:
+            chains = (
+                {"forward": cost.forward}
+                if phase != "backward"
+                else {"recompute": cost.recompute, "backward": cost.backward}
+            )
+            known = self._passes[key] = tuple(self._chain(part, ops) for part, ops in chains.items() if ops)
+        return known
+
+    def _chain(self, part: str, ops: Sequence[Op]) -> PassTime:
+        device_s = issue_s = end_s = 0.0
+        for op in ops:
+            seconds = self.ops.seconds(op)
+            issue_s += self.ops.host_seconds(op)
+            end_s = max(end_s, issue_s) + seconds
+            device_s += seconds
+        return part, device_s, 0.0 if self.is_cpu else end_s, issue_s
+
+    def collective(self, op: CollectiveOp, n_bytes: int) -> float:
+        return self.network.seconds(op, n_bytes)
+
+    def copy(self, direction: str, n_bytes: int) -> float:
+        """A pinned copy: the host link, or this GPU's share of host memory if that is less."""
+        if n_bytes <= 0:
+            return 0.0
+        known = self._copies.get((direction, n_bytes))
+        if known is None:
+            known = self._copies[direction, n_bytes] = self._copy(direction, n_bytes)
+        return known
+
+    def _copy(self, direction: str, n_bytes: int) -> float:
+        profile, cluster = self.profile, self.job.cluster
+        shared_s = 0.0 if self.is_cpu else n_bytes * self.workers / cluster.host.memory_bytes_per_s
+        if profile.is_measured and profile.copies:
+            points = [p for p in profile.copies if p.direction == direction and p.pinned] or list(profile.copies)
+            workers = min({p.workers for p in points}, key=lambda w: (abs(w - self.workers), w))
+            curve = seconds_curve((p.bytes, p.bytes / p.bytes_per_s) for p in points if p.workers == workers)
+            return max(curve_seconds(curve, n_bytes), shared_s)
+        chip = profile.chip
+        assert chip is not None, f"profile {profile.name} has neither copies nor chip constants"
+        return chip.copy_s + max(n_bytes / (chip.copy_efficiency * cluster.gpu.host_link_bytes_per_s), shared_s)
+
+    # ---- gradients and optimizer ----------------------------------------------------------------------------------
+
+    def accumulate(self, n_bytes: int) -> float:
+        """Two reads and a write."""
+        return self._stream(3 * n_bytes)
+
+    def grad_norm(self, n_bytes: int, on_host: bool) -> float:
+        """One read of the gradient shard."""
+        if on_host and not self.is_cpu:
+            return n_bytes * self.workers / self.job.cluster.host.memory_bytes_per_s
+        return self._stream(n_bytes)
+
+    def update(self, numel: int, on_host: bool) -> float:
+        """One optimizer step on ``numel`` elements: bound by memory on the device, by the measured rate on the host."""
+        if numel <= 0:
+            return 0.0
+        if on_host or self.is_cpu:
+            return numel / self._host_rate()
+        return self._stream(numel * self._update_bytes())
+
+    def _update_bytes(self) -> int:
+        """Bytes per element: gradient read, states and fp32 parameters read and written, low-precision copy written."""
+        strategy = self.job.strategy
+        width = DTYPE_BYTES[strategy.dtype]
+        copy = width if strategy.dtype != "fp32" else 0
+        return width + 8 * (OPTIMIZER_STATES[strategy.optimizer] + 1) + copy
+
+    def _host_rate(self) -> float:
+        """Elements per second of one rank: published rates are a whole node's, measured ones one process's of many.
+
+        Other optimizers than Adam move fewer bytes (28 per element there), and no rank exceeds its share of memory.
+        """
+        point = self.profile.host_point(self.workers)
+        n_bytes = self._update_bytes()
+        if self.profile.is_measured:
+            return point.adam_elements_per_s * 28 / n_bytes
+        node = min(point.adam_elements_per_s * 28 / n_bytes, self.job.cluster.host.memory_bytes_per_s / n_bytes)
+        return node / self.workers
+
+    def _stream(self, n_bytes: int) -> float:
+        return self.ops.traffic_seconds(n_bytes, dtype=self.job.strategy.dtype) if n_bytes > 0 else 0.0

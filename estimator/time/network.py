@@ -1,0 +1,130 @@
+"""Seconds of collectives over N ranks, placed on nodes of ``gpus_per_node`` with one network link per GPU.
+
+From constants (``LinkModel``): ``T = a + s + 2 p sqrt(a s)`` with latency ``a``, transfer time ``s`` and the weight
+``p`` of the cross term. With p = 1 that is ``(sqrt(a) + sqrt(s))^2``, the optimum of a chunked pipeline whose chunks
+each pay a share of the latency (van de Geijn & Watts 1997); published curves lie between p = 0.25 and p = 0.65.
+
+Ring: every rank moves ``bytes * (N - 1) / N`` (all-reduce: twice that). All rings of a node leave through all its
+links, so a node's boundary carries one ring's traffic over ``gpus_per_node`` links. All-reduce may instead reduce
+inside nodes first (in the switch where there is one) and send ``2 (n - 1) / n`` of each rank's part between nodes,
+with latency that grows with log2 of the nodes (NCCL's tree and NVLS algorithms). The faster way is taken, and of the
+two protocols (NCCL ``src/graph/tuning.cc``: low latency at half the bandwidth, or simple) too.
+"""
+
+from __future__ import annotations
+
+from math import log, log2, sqrt
+from typing import Literal
+
+from estimator.errors import InputError
+from estimator.job.cluster import Cluster
+from estimator.time.operators import curve_seconds, seconds_curve
+from estimator.time.profile import CollectivePoint, HardwareProfile, LinkModel
+
+CollectiveOp = Literal["all_gather", "reduce_scatter", "all_reduce"]
+
+LOW_LATENCY_BANDWIDTH = 0.5
+"""The low-latency protocol sends a flag with every word of data (NCCL ``tuning.cc``)."""
+
+
+class CollectiveTimer:
+    """Seconds of collectives over ``group_size`` ranks, ``per_node`` of them in a node. Equal ones are timed once."""
+
+    def __init__(
+        self, cluster: Cluster, profile: HardwareProfile, group_size: int, per_node: int, dtype: str = ""
+    ) -> None:
+        self.cluster, self.profile, self.dtype = cluster, profile, dtype
+        self.group_size, self.per_node = group_size, max(1, min(per_node, group_size))
+        self.n_nodes = -(-group_size // self.per_node)
+        self._known: dict[tuple[str, int], float] = {}
+
+    def seconds(self, op: CollectiveOp, n_bytes: int) -> float:
+        """``n_bytes`` is the full (unsharded) tensor. Zero bytes or a group of one cost nothing."""
+        if n_bytes <= 0 or self.group_size <= 1:
+            return 0.0
+        known = self._known.get((op, n_bytes))
+        if known is None:
+            measured = self.profile.collectives if self.profile.is_measured else ()
+            known = self._interpolated(op, n_bytes, measured) if measured else self._modelled(op, n_bytes)
+            self._known[op, n_bytes] = known
+        return known
+
+    # ---- from constants -------------------------------------------------------------------------------------------
+
+    def _modelled(self, op: CollectiveOp, n_bytes: int) -> float:
+        link = self.profile.link
+        if link is None:
+            raise InputError(
+                f"profile {self.profile.name!r} has no collectives for {self.group_size} ranks; calibrate with more processes"
+            )
+        best = self._ring(link, op, n_bytes)
+        return min(best, self._hierarchical(link, n_bytes)) if op == "all_reduce" else best
+
+    def _bandwidths(self, link: LinkModel) -> tuple[float, float]:
+        """Bytes/s inside a node (per rank) and out of a whole node."""
+        intra = link.ring_efficiency * self.cluster.gpu.link_bytes_per_s
+        return intra, link.inter_efficiency * self.cluster.internode_bytes_per_s * self.per_node
+
+    def _ring(self, link: LinkModel, op: CollectiveOp, n_bytes: int) -> float:
+        intra, inter = self._bandwidths(link)
+        bandwidth = intra if self.n_nodes == 1 else inter if self.per_node == 1 else min(intra, inter)
+        rounds = 2 if op == "all_reduce" else 1
+        wire_s = rounds * n_bytes * (self.group_size - 1) / self.group_size / bandwidth
+        outer = self.n_nodes if self.n_nodes > 1 else 0
+        inner = self.group_size - 1 - outer if outer else self.group_size - 1
+        hops = (rounds * max(0, inner), rounds * outer)
+        return self._best_protocol(link, hops, wire_s)
+
+    def _hierarchical(self, link: LinkModel, n_bytes: int) -> float:
+        intra, inter = self._bandwidths(link)
+        if self.per_node >= link.in_switch_min_ranks:
+            intra *= link.in_switch_factor
+        inner_s = 2.0 * n_bytes * (self.per_node - 1) / self.per_node / intra if self.per_node > 1 else 0.0
+        outer_s = 2.0 * n_bytes * (self.n_nodes - 1) / self.n_nodes / inter if self.n_nodes > 1 else 0.0
+        hops = (2 * (self.per_node - 1), 2 * log2(self.n_nodes) if self.n_nodes > 1 else 0)
+        return self._best_protocol(link, hops, max(inner_s, outer_s))
+
+    def _best_protocol(self, link: LinkModel, hops: tuple[float, float], wire_s: float) -> float:
+        floor = link.launch_s + (link.inter_floor_s if self.n_nodes > 1 else 0.0)
+        best = float("inf")
+        for protocol, share in (("simple", 1.0), ("low_latency", LOW_LATENCY_BANDWIDTH)):
+            latency = floor + hops[0] * link.intra_hop_s[protocol] + hops[1] * link.inter_hop_s[protocol]
+            transfer = wire_s / share
+            best = min(best, latency + transfer + 2.0 * link.pipelining * sqrt(latency * transfer))
+        return best
+
+    # ---- from measured points -------------------------------------------------------------------------------------
+
+    def _interpolated(self, op: CollectiveOp, n_bytes: int, points: tuple[CollectivePoint, ...]) -> float:
+        """Log-log over bytes, then over group size; outside the measured sizes the nearest two carry on.
+
+        An operation that was not measured is made of those that were: an all-reduce of a reduce-scatter and an
+        all-gather, and either of these takes half of an all-reduce (ring algorithms).
+        """
+        points = tuple(p for p in points if p.op == op) or self._substitute(op, points)
+        if self.dtype and any(p.dtype == self.dtype for p in points):
+            points = tuple(p for p in points if p.dtype == self.dtype)
+        sizes = sorted({p.group_size for p in points})
+        at: list[tuple[int, float]] = []
+        for size in sizes:
+            curve = seconds_curve((p.bytes, p.seconds) for p in points if p.group_size == size)
+            at.append((size, curve_seconds(curve, n_bytes)))
+        return _over_group_size(at, self.group_size)
+
+    def _substitute(self, op: CollectiveOp, points: tuple[CollectivePoint, ...]) -> tuple[CollectivePoint, ...]:
+        whole = tuple(p._replace(seconds=p.seconds / 2) for p in points if p.op == "all_reduce")
+        if op == "all_reduce" or not whole:
+            have = ", ".join(sorted({p.op for p in points}))
+            raise InputError(f"profile {self.profile.name!r} has no {op}; measured: {have}; calibrate again")
+        return whole
+
+
+def _over_group_size(at: list[tuple[int, float]], group_size: int) -> float:
+    """Seconds at ``group_size`` from (size, seconds): log-log, the nearest two points carry on outside; one point holds."""
+    if len(at) == 1:
+        return at[0][1]
+    i = next((i for i, (size, _) in enumerate(at) if size >= group_size), len(at) - 1)
+    i = min(max(i, 1), len(at) - 1)
+    (n0, t0), (n1, t1) = at[i - 1], at[i]
+    t1 = max(t0, t1)
+    return float(t0 * (t1 / t0) ** (log(group_size / n0) / log(n1 / n0)))

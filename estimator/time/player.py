@@ -1,0 +1,355 @@
+"""Plays a ``StepProgram`` on streams and says where the time goes.
+
+Clocks: ``compute``, ``gather``, ``reduce``, ``h2d``, ``d2h`` on the device, and the host. One host thread issues every
+event in order, so the host clock is both the issue clock (nothing starts before it was issued) and the ``host``
+stream (an optimizer step on the host keeps the thread busy). A collective or copy also starts no earlier than
+everything issued before it on ``compute``.
+
+Time is told from the compute stream: while it works, the time belongs to the pass it runs; while it waits, to what it
+waits for (and, before that began, to what held that up); while it waits for a kernel to be issued, to the kernel's pass.
+So the parts add up to the step.
+
+On a CPU (``gpu.arch == "cpu"``) all streams are one clock: collectives run on the same cores as arithmetic, so
+nothing overlaps and waits cost nothing.
+
+Sections repeat: an iteration maps the clocks to new clocks by additions and maxima only. Once two iterations advance
+every clock by the same amounts, the last iteration is played from the clocks that this advance would lead to; if it
+advances them by these amounts too then, the map being convex along that line, all iterations between do (exactly).
+Otherwise they are all played, as they are while work of the host is still to be told from the compute stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from estimator.job.job import Job
+from estimator.ops.cost import UnitCost
+from estimator.report import TIME_PARTS
+from estimator.schedule.events import (
+    Accumulate,
+    Alloc,
+    Collective,
+    Compute,
+    Copy,
+    Free,
+    Section,
+    StepProgram,
+    Update,
+    Wait,
+)
+from estimator.time.durations import Durations
+from estimator.time.profile import HardwareProfile
+
+STREAMS = ("compute", "gather", "reduce", "h2d", "d2h", "host")
+_INDEX = {name: i for i, name in enumerate(STREAMS)}
+_HOST = _INDEX["host"]
+_WORK, _PASS, _WAIT, _HOST_WORK, _HOST_WAIT = range(5)
+_TOLERANCE = 1e-9
+
+_COLLECTIVE_PART = {
+    "params": "exposed_gather",
+    "updated_params": "exposed_gather",
+    "grads": "exposed_reduce",
+    "grad_norm": "exposed_other_comm",
+}
+
+
+class StepTime(NamedTuple):
+    """Predicted seconds of one step of one rank."""
+
+    step_s: float
+    low_s: float
+    high_s: float
+    """``step_s`` with every part moved by the profile's spread of its kind, all in the same direction."""
+    parts: dict[str, float]
+    """Seconds by ``TIME_PARTS``; they add up to ``step_s``."""
+    busy_s: dict[str, float]
+    """Seconds of work by stream, overlapped or not."""
+    bound: str
+    """What takes the most time: ``compute``, ``gather``, ``reduce``, ``other communication``, ``optimizer``, ``offload``."""
+
+
+def time_of(program: StepProgram, costs: Sequence[UnitCost], job: Job, profile: HardwareProfile) -> StepTime:
+    """Seconds of one step of ``program``; ``costs`` is indexed like the layout's units (equal units may share one).
+
+    Raises ``InputError`` for what the profile cannot time (a dtype that was not measured).
+    """
+    player = _Player(Durations(costs, job, profile), serial=job.cluster.gpu.arch == "cpu")
+    for section in program.step:
+        player.play(section)
+    parts, busy = player.finish()
+    step_s = sum(parts.values())
+    off = sum(parts[name] * _spread_of(name, profile, job) for name in TIME_PARTS)
+    return StepTime(step_s, max(step_s - off, 0.0), step_s + off, parts, busy, _bound(parts))
+
+
+def _spread_of(part: str, profile: HardwareProfile, job: Job) -> float:
+    kind = {"exposed_gather": "collective", "exposed_reduce": "collective", "exposed_other_comm": "collective"}.get(
+        part
+    )
+    if part == "optimizer":
+        kind = "bandwidth"
+    if part == "offload":
+        kind = "host" if job.strategy.offload_optimizer else "copy"
+    return min(1.0, profile.spread.get(kind or "matmul", 0.0))
+
+
+def _bound(parts: dict[str, float]) -> str:
+    groups = {
+        "compute": parts["forward"] + parts["backward"] + parts["recompute"],
+        "gather": parts["exposed_gather"],
+        "reduce": parts["exposed_reduce"],
+        "other communication": parts["exposed_other_comm"],
+        "optimizer": parts["optimizer"],
+        "offload": parts["offload"],
+    }
+    return max(groups, key=lambda name: groups[name])
+
+
+class _Player:
+    """Clocks of one step. Events are compiled to tuples once; an iteration of a section only adds and compares."""
+
+    def __init__(self, durations: Durations, *, serial: bool) -> None:
+        self.durations, self.serial = durations, serial
+        self.clocks = [0.0] * len(STREAMS)
+        self.tags: dict[Any, tuple[float, float, str, str]] = {}
+        """Newest event of a tag: end, start, part, and the part that held up its start."""
+        self.last_part = ["forward", "exposed_gather", "exposed_reduce", "offload", "offload"]
+        """What keeps each device stream busy."""
+        self.host_log: list[tuple[float, float, str]] = []
+        """Spells in which the host was not issuing: start, end, part."""
+        self.parts = dict.fromkeys(TIME_PARTS, 0.0)
+        self.busy = [0.0] * len(STREAMS)
+        self._passes: dict[tuple[int, str], list[tuple[Any, ...]]] = {}
+
+    def finish(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Wait for every stream, as the next step does; parts and busy seconds by stream."""
+        if not self.serial:
+            end = max(self.clocks)
+            if end > self.clocks[0]:
+                last = max(range(len(STREAMS)), key=lambda i: self.clocks[i])
+                part = self.last_part[last] if last != _HOST else "optimizer"
+                records = [r for r in self.tags.values() if r[0] == end]
+                self._idle(self.clocks[0], end, records[0] if records else None, part)
+        return self.parts, dict(zip(STREAMS, self.busy, strict=True))
+
+    def play(self, section: Section) -> None:
+        code = self._compile(section)
+        run = self._run_serial if self.serial else self._run
+        left = section.repeat
+        previous: list[float] | None = None
+        while left > 0:
+            before = self._state()
+            run(code)
+            left -= 1
+            advance = _difference(self._state(), before)
+            if previous is not None and left > 2 and not self.host_log and _same(advance, previous):
+                saved = self._save()
+                self._shift(advance, left - 1)
+                before = self._state()
+                run(code)
+                if _same(_difference(self._state(), before), advance):
+                    return
+                self._restore(saved)
+                for _ in range(left):
+                    run(code)
+                return
+            previous = advance
+
+    # ---- state, for repeats ---------------------------------------------------------------------------------------
+
+    def _state(self) -> list[float]:
+        """Everything that decides the next iteration or adds up over iterations."""
+        return [*self.clocks, *(x for r in self.tags.values() for x in r[:2]), *self.parts.values(), *self.busy]
+
+    def _save(self) -> tuple[Any, ...]:
+        return (
+            list(self.clocks),
+            dict(self.tags),
+            dict(self.parts),
+            list(self.busy),
+            list(self.host_log),
+            list(self.last_part),
+        )
+
+    def _restore(self, saved: tuple[Any, ...]) -> None:
+        self.clocks, self.tags, self.parts, self.busy, self.host_log, self.last_part = saved
+
+    def _shift(self, advance: list[float], times: int) -> None:
+        """Move the state on by ``times`` iterations that each advance it by ``advance`` (ordered as ``_state``)."""
+        moves = iter(advance)
+        self.clocks = [c + times * next(moves) for c in self.clocks]
+        for tag, (end, start, part, before) in list(self.tags.items()):
+            self.tags[tag] = (end + times * next(moves), start + times * next(moves), part, before)
+        for name in self.parts:
+            self.parts[name] += times * next(moves)
+        self.busy = [b + times * next(moves) for b in self.busy]
+
+    # ---- compiling ------------------------------------------------------------------------------------------------
+
+    def _compile(self, section: Section) -> list[tuple[Any, ...]]:
+        """The section's events as tuples; hot, so it tests the commonest kinds first and looks up instead of calling."""
+        d, passes = self.durations, self._passes
+        issue_s, units = d.issue_s, d.costs
+        code: list[tuple[Any, ...]] = []
+        event: Any
+        for event in section.events:
+            kind = type(event)
+            if kind is Alloc or kind is Free:
+                continue
+            if kind is Compute:
+                unit, phase = event
+                key = (id(units[unit]), phase)
+                if key not in passes:
+                    passes[key] = [(_PASS, *times) for times in d.passes(unit, phase)]
+                code += passes[key]
+            elif kind is Wait:
+                stream, tag = event
+                code.append((_HOST_WAIT, tag) if stream == "host" else (_WAIT, _INDEX[stream], tag))
+            elif kind is Collective:
+                op, purpose, _, n_bytes, stream, tag = event
+                code.append((_WORK, _INDEX[stream], d.collective(op, n_bytes), issue_s, _COLLECTIVE_PART[purpose], tag))
+            elif kind is Copy:
+                stream, _, _, n_bytes, tag = event
+                code.append((_WORK, _INDEX[stream], d.copy(stream, n_bytes), issue_s, "offload", tag))
+            else:
+                code.append(self._kernel(event))
+        return code
+
+    def _kernel(self, event: Any) -> tuple[Any, ...]:
+        d = self.durations
+        if isinstance(event, Accumulate):
+            return (_WORK, 0, d.accumulate(event.n_bytes), d.issue_s, "backward", None)
+        tag = ("update", event.group) if isinstance(event, Update) else None
+        on_host = event.stream == "host"
+        if isinstance(event, Update):
+            seconds = d.update(event.numel, on_host)
+        else:
+            seconds = d.grad_norm(event.n_bytes, on_host)
+        if on_host:
+            return (_HOST_WORK, seconds, "offload", tag)
+        return (_WORK, _INDEX[event.stream], seconds, d.issue_s, "optimizer", tag)
+
+    # ---- running --------------------------------------------------------------------------------------------------
+
+    def _run_serial(self, code: list[tuple[Any, ...]]) -> None:
+        """One clock for everything: each piece of work is exposed."""
+        now, parts, busy = self.clocks[0], self.parts, self.busy
+        for step in code:
+            kind = step[0]
+            if kind == _PASS:
+                seconds, part, stream = step[2], step[1], 0
+            elif kind == _WORK:
+                seconds, part, stream = step[2], step[4], step[1]
+            elif kind == _HOST_WORK:
+                seconds, part, stream = step[1], step[2], _HOST
+            else:
+                continue
+            now += seconds
+            parts[part] += seconds
+            busy[stream] += seconds
+        self.clocks[0] = now
+
+    def _run(self, code: list[tuple[Any, ...]]) -> None:
+        clocks, tags, parts, busy, last_part = self.clocks, self.tags, self.parts, self.busy, self.last_part
+        now, host = clocks[0], clocks[_HOST]
+        for step in code:
+            kind = step[0]
+            if kind == _PASS:
+                _, part, device_s, host_bound_s, host_s = step
+                end = now + device_s
+                if host + host_bound_s > end:
+                    # the host cannot issue fast enough: its own spells first, the rest is the pass itself
+                    waited = host + host_bound_s - end
+                    if self.host_log:
+                        self._idle(now, now + waited, None, part)
+                        parts[part] += device_s
+                    else:
+                        parts[part] += device_s + waited
+                    now = end + waited
+                else:
+                    parts[part] += device_s
+                    now = end
+                host += host_s
+                busy[0] += device_s
+            elif kind == _WORK:
+                _, stream, seconds, issue_s, part, tag = step
+                host += issue_s
+                if stream == 0:
+                    if host > now:
+                        self._idle(now, host, None, part)
+                        now = host
+                    start = now
+                    now += seconds
+                    parts[part] += seconds
+                    before = part
+                else:
+                    start = clocks[stream]
+                    before = last_part[stream]
+                    if now > start:
+                        start = now
+                    if host > start:
+                        start = host
+                    clocks[stream] = start + seconds
+                    last_part[stream] = part
+                busy[stream] += seconds
+                if tag is not None:
+                    tags[tag] = (start + seconds, start, part, before)
+            elif kind == _WAIT:
+                _, stream, tag = step
+                record = tags.get(tag)
+                if record is not None:
+                    if stream == 0:
+                        if record[0] > now:
+                            self._idle(now, record[0], record, record[2])
+                            now = record[0]
+                    elif record[0] > clocks[stream]:
+                        clocks[stream] = record[0]
+                        last_part[stream] = record[2]
+            elif kind == _HOST_WORK:
+                _, seconds, part, tag = step
+                self.host_log.append((host, host + seconds, part))
+                if tag is not None:
+                    tags[tag] = (host + seconds, host, part, part)
+                host += seconds
+                busy[_HOST] += seconds
+            else:
+                record = tags.get(step[1])
+                if record is not None and record[0] > host:
+                    self.host_log.append((host, record[0], record[2]))
+                    host = record[0]
+            if self.host_log and self.host_log[-1][1] <= now:
+                self.host_log.clear()
+        clocks[0], clocks[_HOST] = now, host
+
+    def _idle(self, low: float, high: float, record: tuple[float, float, str, str] | None, part: str) -> None:
+        """Attribute the compute stream's idle time from ``low`` to ``high``.
+
+        To ``record`` (what is waited for) from its start on; before that to what the host was held up by; the rest
+        to ``part``, or to what held up the record.
+        """
+        if record is not None:
+            start = min(max(low, record[1]), high)
+            self.parts[record[2]] += high - start
+            high, part = start, record[3]
+        rest = high - low
+        for begin, end, name in self.host_log:
+            overlap = min(end, high) - max(begin, low)
+            if overlap > 0.0:
+                self.parts[name] += overlap
+                rest -= overlap
+        self.parts[part] += max(0.0, rest)
+
+
+def _difference(after: list[float], before: list[float]) -> list[float]:
+    """Advance per component; tags that appeared in between make the lengths differ (and the advance unlike any other)."""
+    return [a - b for a, b in zip(after, before, strict=True)] if len(after) == len(before) else []
+
+
+def _same(a: list[float], b: list[float]) -> bool:
+    """Equal advances, up to rounding."""
+    if not a or len(a) != len(b):
+        return False
+    scale = _TOLERANCE * max(1e-9, max(abs(x) for x in a))
+    return all(abs(x - y) <= scale for x, y in zip(a, b, strict=True))

@@ -1,0 +1,246 @@
+"""Hugging Face configs: exact parameter counts, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from estimator.errors import InputError
+from estimator.job.hf import load_config, spec_from_config
+from estimator.job.hf_families import FAMILIES
+from estimator.sharding.units import count_params, model_units
+
+DATA = Path(__file__).parents[1] / "data"
+PUBLISHED = json.loads((DATA / "hf_published.json").read_text())
+"""Shapes of published models and their published (Llama 2: computed) parameter counts."""
+SMALL = json.loads((DATA / "hf_small.json").read_text())
+"""Random small configs of every family; counts of the model that transformers 5.23 builds from them."""
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4,
+    "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 100, "max_position_embeddings": 32,
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 32, "vocab_size": 100}
+
+
+def refusal(config: object) -> str:
+    with pytest.raises(InputError) as caught:
+        spec_from_config(config)  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("entry", PUBLISHED + SMALL, ids=lambda entry: entry["name"])
+def test_parameter_count_is_exact(entry: dict) -> None:
+    assert count_params(model_units(spec_from_config(entry["config"]))) == entry["n_params"]
+
+
+def test_every_family_is_checked() -> None:
+    assert {entry["config"]["model_type"] for entry in SMALL} == set(FAMILIES)
+
+
+def test_shapes_are_read() -> None:
+    qwen2 = spec_from_config(
+        {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}
+    )
+    assert qwen2.qkv_bias and not qwen2.attn_out_bias and qwen2.n_kv_heads == 2
+    biased = spec_from_config({**LLAMA, "attention_bias": True, "mlp_bias": True})
+    assert biased.qkv_bias and biased.attn_out_bias and biased.mlp_bias
+    assert spec_from_config(LLAMA).n_kv_heads == 4
+    assert spec_from_config(LLAMA).head_dim == 16
+    assert spec_from_config({**LLAMA, "rope_parameters": {"rope_theta": 7}}).rope_theta == 7.0
+    gpt2 = spec_from_config(GPT2)
+    assert (gpt2.d_ff, gpt2.positions, gpt2.position_rows, gpt2.tied_embeddings) == (256, "learned", 32, True)
+    assert spec_from_config({**GPT2, "n_inner": 80}).d_ff == 80
+
+
+def test_class_defaults_of_published_models() -> None:
+    specs = {entry["name"]: spec_from_config(entry["config"]) for entry in PUBLISHED}
+    assert specs["gemma-2-9b"].window_of(0) == 4096 and specs["gemma-2-9b"].window_of(1) == 0
+    assert [specs["gemma-3-1b-it"].window_of(layer) for layer in range(7)] == [512] * 5 + [0, 512]
+    assert specs["gemma-2b"].head_dim == 256 and specs["gemma-2b"].activation == "gelu_tanh"
+    assert specs["Mistral-7B-v0.1"].sliding_window == 4096
+    assert specs["Qwen2-7B"].sliding_window == 0
+    assert specs["gpt-neox-20b"].rotary_dim == 24 and specs["gpt-neox-20b"].parallel_residual
+    assert specs["opt-1.3b"].position_rows == 2050 and specs["opt-1.3b"].max_positions == 2048
+    assert specs["bloom"].embedding_norm and specs["bloom"].positions == "alibi"
+    assert specs["mpt-7b"].positions == "alibi" and not specs["mpt-7b"].norm_bias
+    assert specs["Qwen3-8B"].qk_norm
+
+
+def test_mpt_follows_its_own_keys() -> None:
+    mpt = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": 32, "vocab_size": 100}
+    plain = spec_from_config(mpt)
+    learned = spec_from_config({**mpt, "attn_config": {"alibi": False}, "no_bias": False, "expansion_ratio": 2})
+    assert plain.positions == "alibi" and plain.d_ff == 256 and not plain.qkv_bias
+    assert learned.positions == "learned" and learned.position_rows == 32 and learned.d_ff == 128
+    assert learned.qkv_bias and learned.mlp_bias and learned.norm_bias
+    assert "attn_type" in refusal({**mpt, "attn_config": {"attn_type": "multiquery_attention"}})
+
+
+def test_opt_350m_norms_come_last() -> None:
+    config = {"model_type": "opt", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "ffn_dim": 4096,
+              "word_embed_proj_dim": 512, "do_layer_norm_before": False, "vocab_size": 50272,
+              "max_position_embeddings": 2048}  # fmt: skip
+    spec = spec_from_config(config)
+    assert (spec.embed_dim, spec.pre_norm, spec.final_norm) == (512, False, False)
+    assert count_params(model_units(spec)) == 331_196_416
+
+
+def test_windows() -> None:
+    qwen2 = {
+        **LLAMA,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "num_key_value_heads": 2,
+        "sliding_window": 8,
+    }
+    assert spec_from_config({**qwen2, "use_sliding_window": True, "max_window_layers": 0}).sliding_window == 8
+    assert spec_from_config({**qwen2, "use_sliding_window": True, "max_window_layers": 2}).sliding_window == 0
+    assert "max_window_layers is 1" in refusal({**qwen2, "use_sliding_window": True, "max_window_layers": 1})
+    mistral = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}
+    assert spec_from_config({**mistral, "sliding_window": None}).sliding_window == 0
+    gemma = {
+        **LLAMA,
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 4,
+    }
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    assert spec_from_config({**gemma, "layer_types": kinds}).global_every == 3
+    assert "irregularly" in refusal({**gemma, "layer_types": kinds[::-1]})
+    assert "layer_types" in refusal({**gemma, "layer_types": kinds[:3]})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts (8 experts)"),
+        ({"model_type": "new_moe", "n_routed_experts": 64}, "mixture of experts (64 experts)"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "newseq", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "bert"}, "encoder without a causal decoder"),
+        ({"model_type": "newbert", "architectures": ["NewBertForMaskedLM"]}, "encoder without a causal decoder"),
+        ({"model_type": "vit", "image_size": 224}, "vision tower"),
+        ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "vision tower"),
+        ({"model_type": "falcon"}, "one shared norm"),
+        ({"model_type": "mamba"}, "state-space"),
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"model_type": "llama\nx"}, "not known here"),
+        ({"model_type": 3}, "config.model_type is 3"),
+        ({}, "no 'model_type'"),
+        ({"architectures": ["MixtralForCausalLM"]}, "not known here"),
+        ({**LLAMA, "num_experts": 8}, "mixture of experts"),
+        ({**GPT2, "moe": {"num_experts": [4]}}, "mixture of experts"),
+        ({**LLAMA, "kv_lora_rank": 512}, "low-rank"),
+        ({**LLAMA, "num_nextn_predict_layers": 1}, "multi-token"),
+        ({**LLAMA, "qk_norm": True}, "normalises queries"),
+        ({**LLAMA, "vision_config": {"hidden_size": 8}}, "vision tower"),
+        ({**GPT2, "add_cross_attention": True}, "attends to an encoder"),
+        ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM"),
+        ({**LLAMA, "architectures": ["LlamaModel"]}, "language-model head"),
+        ({**LLAMA, "architectures": ["MistralForCausalLM"]}, "LlamaForCausalLM"),
+        ({**LLAMA, "architectures": "LlamaForCausalLM"}, "a list of class names"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_with_the_reason(config: dict, words: str) -> None:
+    assert words in refusal(config)
+
+
+BAD_SIZES = ["32", None, -1, 0, 32.0, float("nan"), True, [32], {"a": 1}, 10**30, 10**6000]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+    ],
+)
+@pytest.mark.parametrize("value", BAD_SIZES, ids=lambda value: str(type(value).__name__))
+def test_bad_sizes_name_the_key(key: str, value: object) -> None:
+    assert f"config.{key}" in refusal({**LLAMA, key: value})
+
+
+def test_missing_keys_are_named() -> None:
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        assert f"config.{key} is missing" in refusal({k: v for k, v in LLAMA.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_key_value_heads": 3}, "n_kv_heads"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads"),
+        ({"num_attention_heads": 5}, "a divisor of the hidden size"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"tie_word_embeddings": "yes"}, "true or false"),
+        ({"attention_bias": 1}, "true or false"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"partial_rotary_factor": 1.5}, "rotary_fraction"),
+        ({"num_hidden_layers": 10**9}, "<= 10000"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)  # fmt: skip
+def test_bad_values(change: dict, words: str) -> None:
+    assert words in refusal({**LLAMA, **change})
+
+
+def test_contradicting_spellings() -> None:
+    assert "two names of one thing" in refusal({**GPT2, "hidden_size": 128})
+
+
+@pytest.mark.parametrize("junk", [[1], "x", 3, None, True])
+def test_config_must_be_an_object(junk: object) -> None:
+    assert "a table of named values" in refusal(junk)
+
+
+def test_model_type_may_come_from_the_architecture() -> None:
+    spec = spec_from_config({k: v for k, v in LLAMA.items() if k != "model_type"})
+    assert spec.family == "llama"
+
+
+def test_load_config_from_file_and_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    assert load_config(folder) == load_config(folder / "config.json")
+    assert load_config(folder).name == "my-model"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "line 1 column 2"),
+        (b'{"a": 1,\n "b": }', "line 2 column 7"),
+        (b"[1, 2]", "a table"),
+        (b"\xff\xfe\x00", "not a UTF-8 text"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "cannot be read"),
+        (b"", "not valid JSON"),
+    ],
+)
+def test_broken_files(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.json", tmp_path, "a\0b", "x" * 5000):
+        with pytest.raises(InputError):
+            load_config(path)

@@ -1,0 +1,128 @@
+"""``calibrate`` on this machine: a short real measurement, its file, interruption and refusals."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from estimator.errors import InputError  # noqa: E402
+from estimator.ops.operator import Op  # noqa: E402
+from estimator.time.operators import OperatorTimer  # noqa: E402
+from estimator.time.profile import HardwareProfile, profile_for  # noqa: E402
+from estimator.time.profile_file import load_profile, profile_to_dict  # noqa: E402
+from validator.calibrate import calibrate  # noqa: E402
+from validator.calibrate.tasks import tasks_for  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calibration")
+
+
+@pytest.fixture(scope="module")
+def profile(folder: Path) -> HardwareProfile:
+    """One quick calibration of one and of two processes, written to ``folder/cpu.json``."""
+    seen: list[tuple[str, int, int]] = []
+    result = calibrate("cpu", 3.0, folder / "cpu.json", lambda *a: seen.append(a), workers=(1, 2), effort="quick")
+    assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1)), "progress counts every point"
+    assert all(done <= planned for _, done, planned in seen)
+    return result
+
+
+def test_it_measures_what_a_forecast_needs(profile: HardwareProfile) -> None:
+    assert {(p.dtype, p.workers) for p in profile.matmul} == {(d, w) for d in ("fp32", "bf16") for w in (1, 2)}
+    assert {p.direction for p in profile.attention} == {"forward", "backward"}
+    assert {(p.op, p.group_size) for p in profile.collectives} >= {("all_gather", 2), ("all_reduce", 2)}
+    assert {p.workers for p in profile.host_points} == {1, 2}
+    assert profile.versions["torch"] == torch.__version__
+    assert profile.gpu is not None and profile.gpu.arch == "cpu" and profile.gpu.memory_bytes > 1 << 28
+
+
+def test_its_file_is_the_profile_and_nothing_else_is_left(profile: HardwareProfile, folder: Path) -> None:
+    assert profile_to_dict(load_profile(folder / "cpu.json")) == profile_to_dict(profile)
+    assert [p.name for p in folder.iterdir()] == ["cpu.json"]
+    assert not multiprocessing.active_children()
+
+
+def test_forecasts_read_it(profile: HardwareProfile) -> None:
+    assert profile.gpu is not None
+    chosen, _ = profile_for(profile.gpu, profile)
+    assert chosen is profile
+    timer = OperatorTimer(profile.gpu, chosen, 1)
+
+    def seconds(n: int) -> float:
+        return timer.seconds(Op("mm", "matmul", False, "fp32", 2.0 * n**3, 12 * n * n, (1, n, n, n)))
+
+    assert seconds(1024) > 20 * seconds(64)
+    point = next(p for p in profile.matmul if p.workers == 1 and p.dtype == "fp32")
+    again = timer.seconds(
+        Op("mm", "matmul", False, "fp32", 2.0 * point.m * point.n * point.k, 0, (1, point.m, point.n, point.k))
+    )
+    assert again == pytest.approx(2.0 * point.m * point.n * point.k / point.flops_per_s)
+
+
+def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, planned: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "cpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("cpu", 1.0, out, interrupt, workers=(1,), effort="quick")
+    assert not out.exists() and not multiprocessing.active_children()
+    kept = json.loads((tmp_path / "cpu.json.partial").read_text())["done"]
+    assert len(kept) == 4
+    first: list[int] = []
+    calibrate("cpu", 1.0, out, lambda what, done, planned: first.append(done), workers=(1,), effort="quick")
+    assert first[0] == 5, "measured points are not measured again"
+    assert [p.name for p in tmp_path.iterdir()] == ["cpu.json"]
+
+
+def test_a_corrupt_partial_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cpu.json.partial").write_text("{")
+    with pytest.raises(InputError, match="not a calibration in progress"):
+        calibrate("cpu", 1.0, tmp_path / "cpu.json", workers=(1,), effort="quick")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"device": "tpu"}, "device"),
+        ({"budget_s": 0}, "budget_s"),
+        ({"dtypes": ("bf61",)}, "did you mean 'bf16'"),
+        ({"workers": (0,)}, "workers"),
+        ({"effort": "quik"}, "did you mean 'quick'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        calibrate(**arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_named() -> None:
+    with pytest.raises(InputError, match="sees no GPU"):
+        calibrate("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the cuda path has not been run here")
+def test_a_gpu_is_measured(tmp_path: Path) -> None:
+    from estimator import catalog
+
+    gpu = catalog.gpu("h200")
+    profile = calibrate("cuda", 5.0, tmp_path / "gpu.json", effort="quick", gpu=gpu, dtypes=("bf16",))
+    assert profile.matmul and profile.copies and profile.gpu == gpu
+
+
+def test_essential_tasks_come_first_and_keys_are_unique() -> None:
+    for device, workers in (("cpu", 2), ("cuda", 1)):
+        tasks = tasks_for(device, workers, ("fp32", "bf16"), "full")  # type: ignore[arg-type]
+        flags = [t.essential for t in tasks]
+        assert flags == sorted(flags, reverse=True)
+        assert len({t.key(workers) for t in tasks}) == len(tasks)

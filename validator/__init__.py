@@ -1,0 +1,1 @@
+"""Measures real training steps, keeps the records, and holds predictions against them."""

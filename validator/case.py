@@ -1,0 +1,124 @@
+"""``Case``: one job to be measured, and how."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from estimator.errors import InputError, invalid, require_choice, require_int, unknown_choice
+from estimator.job import Job
+from estimator.job.files import job_from_dict, job_to_dict
+
+Backend = Literal["fake", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One job, the backend that runs it, and for how long. Raises ``InputError`` when a field is out of range."""
+
+    job: Job
+    backend: Backend
+    """``fake``: one rank without arithmetic (memory and bytes on the wire); ``cpu``: real steps over gloo; ``cuda``: NCCL."""
+    steps: int = 8
+    """Measured steps (``cpu``, ``cuda``)."""
+    warmup: int = 3
+    """Steps before them that are thrown away."""
+    time_limit_s: float = 600.0
+    """The whole case, start-up included, is ended after this long."""
+    rank: int = 0
+    """The rank that ``fake`` plays; the other backends run all ranks."""
+    seed: int = 0
+    memory_limit_bytes: int | None = None
+    """``cpu``: most bytes that one process may hold; ``None``: an equal part of the memory that is free."""
+
+    def __post_init__(self) -> None:
+        require_choice("backend", self.backend, get_args(Backend))
+        require_int("steps", self.steps)
+        for name in ("warmup", "rank", "seed"):
+            require_int(name, getattr(self, name), minimum=0)
+        limit = self.time_limit_s
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+            raise invalid("time_limit_s", limit, "seconds > 0")
+        if self.memory_limit_bytes is not None:
+            require_int("memory_limit_bytes", self.memory_limit_bytes)
+        if self.backend != "fake" and self.rank:
+            raise invalid("rank", self.rank, f"0 with backend {self.backend!r}, which runs every rank")
+        if self.rank >= self.job.dp:
+            raise invalid("rank", self.rank, f"a rank of the {self.job.dp} data-parallel GPUs, 0 to {self.job.dp - 1}")
+
+    @property
+    def n_processes(self) -> int:
+        """Processes that the backend starts."""
+        return 1 if self.backend == "fake" else self.job.dp
+
+    @property
+    def threads_per_process(self) -> int:
+        """CPU threads of each process: the machine's cores shared equally, at least one."""
+        return max(1, available_cores() // self.n_processes)
+
+    @property
+    def label(self) -> str:
+        return f"{job_label(self.job)} [{self.backend}]"
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def job_label(job: Job) -> str:
+    """One short line for people: what differs between the cases of one study."""
+    s, w = job.strategy, job.workload
+    parts = [job.model.name, f"{job.dp}x", f"zero{s.zero_stage}", s.dtype, f"seq{w.seq_len}", f"mb{w.micro_batch_size}"]
+    if job.n_micro_batches > 1:
+        parts.append(f"accum{job.n_micro_batches}")
+    if s.offload != "none":
+        parts.append("offload=" + s.offload.replace(",", "+"))
+    if s.recompute != "none":
+        parts.append(f"recompute={s.recompute}")
+    return " ".join(parts)
+
+
+def case_to_dict(case: Case) -> dict[str, Any]:
+    """Plain data for JSON: enough to build the same ``Case`` again."""
+    data = {f.name: getattr(case, f.name) for f in fields(case)}
+    return {**data, "job": job_to_dict(case.job)}
+
+
+def case_from_dict(data: Mapping[str, Any]) -> Case:
+    """Inverse of ``case_to_dict``. Raises ``InputError`` on an unknown or missing key or a bad value."""
+    names = {f.name for f in fields(Case)}
+    for key in data:
+        if key not in names:
+            raise unknown_choice("case field", key, names)
+    for key in ("job", "backend"):
+        if key not in data:
+            raise InputError(f"the case has no field {key!r}")
+    if not isinstance(data["job"], dict):
+        raise invalid("case.job", data["job"], "a table that describes one job")
+    return Case(**{**data, "job": job_from_dict(data["job"])})
+
+
+def write_case(case: Case, path: str | Path) -> None:
+    """Writes ``case`` as JSON."""
+    Path(path).write_text(json.dumps(case_to_dict(case), indent=1) + "\n", encoding="utf-8")
+
+
+def read_case(path: str | Path) -> Case:
+    """The ``Case`` in a JSON file. Raises ``InputError`` when it cannot be read or is no case."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"case file {str(path)!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"case file {str(path)!r} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"case file {str(path)!r} holds a {type(data).__name__}; allowed: one JSON object")
+    return case_from_dict(data)

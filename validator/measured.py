@@ -1,0 +1,123 @@
+"""From what every rank measured to one ``StepReport``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from estimator.job.files import job_to_dict
+from estimator.report import StepReport
+from estimator.units import format_bytes
+from validator.case import Case
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankResult:
+    """What one rank measured, as plain data."""
+
+    rank: int
+    session: dict[str, Any]
+    """The fields of ``runtime.session.Measurement``."""
+    allocator_peak_bytes: int | None = None
+    """``cuda``: ``torch.cuda.max_memory_allocated`` since the last warm-up step; likewise ``reserved_bytes``."""
+    reserved_bytes: int | None = None
+    device_used_bytes: int | None = None
+    """``cuda``: total less free memory of the device, as the driver says after the last step."""
+    capacity_bytes: int | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The allocator's own peak where there is one (it also sees what libraries allocate), else the metered one."""
+        return self.session["peak_allocated_bytes"] if self.allocator_peak_bytes is None else self.allocator_peak_bytes
+
+
+def interquartile_range(values: Sequence[float]) -> float | None:
+    """Distance between the quartiles (linear interpolation); ``None`` below two values."""
+    if len(values) < 2:
+        return None
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def slowest_steps(results: Sequence[RankResult]) -> list[float]:
+    """Seconds of each measured step: the slowest rank's; none on ``fake``."""
+    return [max(step) for step in zip(*(r.session["step_seconds"] for r in results), strict=True)]
+
+
+def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, Any]) -> StepReport:
+    """The report of one case. Memory is that of the rank with the largest peak, step seconds those of the slowest rank.
+
+    ``results`` are all ranks' in order, or the fake rank's alone. ``origin`` is the machine's provenance; how the case
+    was measured is added to it.
+    """
+    job, worst = case.job, max(results, key=lambda r: (r.peak_bytes or 0, -r.rank))
+    memory, first = worst.session, results[0].session
+    steps = slowest_steps(results)
+    step_s = statistics.median(steps) if steps else None
+    capacity = job.cluster.gpu.memory_bytes if case.backend == "fake" else worst.capacity_bytes
+    fits, explanation = _verdict(case, worst.peak_bytes, capacity)
+    return StepReport(
+        origin=case.backend,
+        job_key=job.key,
+        job=job_to_dict(job),
+        rank=worst.rank,
+        peak_allocated_bytes=worst.peak_bytes,
+        peak_reserved_bytes=worst.reserved_bytes,
+        device_used_bytes=worst.device_used_bytes,
+        peak_phase=memory["peak_phase"],
+        peak_where=memory["peak_where"],
+        category_bytes_at_peak=dict(memory["category_bytes_at_peak"]),
+        category_peak_bytes=dict(memory["category_peak_bytes"]),
+        phase_peak_bytes=dict(memory["phase_peak_bytes"]),
+        host_bytes=memory["host_bytes"],
+        pinned_bytes=memory["pinned_bytes"],
+        step_s=step_s,
+        step_low_s=min(steps, default=None),
+        step_high_s=max(steps, default=None),
+        step_spread_s=interquartile_range(steps),
+        time_parts_s=dict(first["part_seconds"]),
+        tokens_per_s=job.workload.global_batch_size * job.workload.seq_len / step_s if step_s else None,
+        collective_bytes=dict(memory["collective_bytes"]),
+        collective_calls=dict(memory["collective_calls"]),
+        copy_bytes=dict(memory["copy_bytes"]),
+        capacity_bytes=capacity,
+        fits=fits,
+        explanation=explanation,
+        notes=_notes(case, results),
+        provenance={
+            **origin,
+            "steps": len(steps),
+            "warmup": case.warmup if steps else 0,
+            "processes": case.n_processes,
+            "seed": case.seed,
+            "step_seconds": steps,
+            "losses": list(first["losses"]),
+            "rank_peak_bytes": {str(r.rank): r.peak_bytes for r in results},
+            "metered_peak_bytes": memory["peak_allocated_bytes"],
+        },
+    )
+
+
+def _verdict(case: Case, peak_bytes: int | None, capacity_bytes: int | None) -> tuple[bool | None, str | None]:
+    """A case that ran fits. Live bytes of a fake rank can prove that it does not fit, never that it does."""
+    if case.backend != "fake":
+        return True, None
+    if peak_bytes is not None and capacity_bytes is not None and peak_bytes > capacity_bytes:
+        return False, f"live tensors need {format_bytes(peak_bytes)}, the GPU has {format_bytes(capacity_bytes)}"
+    return None, None
+
+
+def _notes(case: Case, results: Sequence[RankResult]) -> tuple[str, ...]:
+    if case.backend == "fake":
+        return (f"fake: rank {case.rank} of {case.job.dp} on tensors without data; no time is measured",)
+    notes = [
+        f"time: median of {case.steps} steps after {case.warmup} for warm-up, slowest rank, memory not metered",
+        "memory: live bytes metered in one further step, which is not timed",
+    ]
+    if case.backend == "cuda":
+        notes.append("peak_allocated_bytes is the CUDA allocator's; its categories are the metered ones")
+    if len(results) > 1:
+        notes.append("memory of the rank with the largest peak; time parts of rank 0")
+    return tuple(notes)

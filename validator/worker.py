@@ -1,0 +1,232 @@
+"""What runs in every process of a case: ``python -m validator.worker --case FILE --out FILE``.
+
+Rank and world size come from torchrun's environment; without it the process is alone. Rank 0 writes the finished
+``StepReport`` to ``--out``, every failing rank a ``<out>.failure<rank>`` beside it, rank 0 its steps to
+``<out>.progress`` and every rank its process id to ``<out>.pid<rank>``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from estimator.errors import InputError
+from validator import provenance
+from validator.case import Case, available_cores, read_case
+from validator.measured import RankResult, build_report
+
+OnStep = Callable[[int, float], None]
+"""Called with the step's number (warm-up included) and its seconds."""
+
+
+def run_case(case: Case, origin: dict[str, Any], on_step: OnStep) -> dict[str, Any] | None:
+    """Runs ``case`` as this process's rank. Returns the report as plain data on rank 0 (and on a fake rank).
+
+    ``origin`` is the provenance to write into it. Raises whatever the runtime raises, out of memory included.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from runtime.session import SessionOptions, run_session
+
+    rank, world = _rank_and_world(case)
+    device = _start_backend(case, rank, world, origin)
+
+    def on_each(number: int, seconds: float) -> None:
+        on_step(number, seconds)
+        if device == "cuda" and number == case.warmup - 1:
+            torch.cuda.reset_peak_memory_stats()  # first steps also hold what libraries need once
+
+    # one session does both: it times steps without metering memory, then meters one further step
+    options = SessionOptions(steps=case.steps, warmup=case.warmup, track_memory=True, seed=case.seed)
+    session = run_session(case.job, device, options, rank=rank, on_step=on_each)
+    mine = RankResult(rank=rank, session=asdict(session), **_allocator_facts(torch, case))
+    results: list[Any] = [mine]
+    if dist.is_initialized() and case.backend != "fake":
+        results = [None] * world
+        dist.all_gather_object(results, mine)
+        dist.barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return build_report(case, results, origin).to_dict() if rank == 0 or case.backend == "fake" else None
+
+
+def _share_cores() -> None:
+    """Gives this process its part of the machine's cores."""
+    import torch
+
+    torch.set_num_threads(max(1, available_cores() // _local_world()))
+
+
+def _local_world() -> int:
+    """Processes of this case on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _rank_and_world(case: Case) -> tuple[int, int]:
+    if case.backend == "fake":
+        return case.rank, case.job.dp
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != case.job.dp:
+        raise InputError(
+            f"the case needs {case.job.dp} processes and {world} were started; allowed: torchrun with as many processes "
+            "as the job has data-parallel GPUs"
+        )
+    return rank, world
+
+
+def _start_backend(case: Case, rank: int, world: int, origin: dict[str, Any]) -> Any:
+    """Initialises the default process group when there is more than one rank; returns the device to run on.
+
+    Adds the memory limit, where one is set, to ``origin``.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if case.backend == "fake":
+        if world > 1:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        return "meta"
+    if case.backend == "cpu":
+        origin["memory_limit_bytes"] = _limit_memory(case)
+        if world > 1:
+            dist.init_process_group("gloo")
+        return "cpu"
+    local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= n_gpus:
+        raise InputError(
+            f"backend is 'cuda' with {_local_world()} process(es) on this machine, which has {n_gpus} GPU(s) that torch can use"
+        )
+    torch.cuda.set_device(local_rank)
+    if world > 1:
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+    return "cuda"
+
+
+def _limit_memory(case: Case) -> int | None:
+    """Makes this process fail cleanly when it takes more than its share, before the whole machine runs out.
+
+    Returns the limit in bytes; ``None`` where the system has none to set.
+    """
+    try:
+        import resource
+    except ImportError:  # not a Unix: the operating system alone decides
+        return None
+    limit = case.memory_limit_bytes
+    if limit is None:
+        free = provenance.available_memory_bytes()
+        if free is None:
+            return None
+        limit = free // _local_world()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    return limit
+
+
+def _allocator_facts(torch: Any, case: Case) -> dict[str, int]:
+    """What the CUDA caching allocator and the driver say after the last step."""
+    if case.backend != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "allocator_peak_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "device_used_bytes": total - free,
+        "capacity_bytes": total,
+    }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` means that device or host memory ran out."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"MemoryError", "OutOfMemoryError"}:
+        return True
+    text = str(error).lower()
+    signs = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as stdin closes, which it does when the measuring program ends, however it ends."""
+
+    def follow() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def write_atomically(path: Path, data: Any) -> None:
+    """JSON in one piece: a reader sees all of it or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, allow_nan=False), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, InputError):
+        return "input"
+    return "out_of_memory" if is_out_of_memory(error) else "crash"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of one process; the exit status is 0 when its part of the case is finished."""
+    parser = argparse.ArgumentParser(
+        prog="python -m validator.worker", description="Runs one rank of one measured case."
+    )
+    parser.add_argument("--case", required=True, type=Path, help="JSON file with the case")
+    parser.add_argument("--out", required=True, type=Path, help="where rank 0 writes the report")
+    parser.add_argument("--follow-stdin", action="store_true", help="end as soon as stdin closes")
+    args = parser.parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    beside = args.out.with_name
+    beside(f"{args.out.name}.pid{rank}").write_text(str(os.getpid()), encoding="utf-8")
+    if args.follow_stdin:
+        _end_with_parent()
+
+    def on_step(number: int, seconds: float) -> None:
+        if rank == 0:
+            with beside(f"{args.out.name}.progress").open("a", encoding="utf-8") as file:
+                file.write(json.dumps([number, seconds]) + "\n")
+
+    origin: dict[str, Any] = {}
+    try:
+        case = read_case(args.case)
+        _share_cores()
+        origin = provenance.collect(with_torch=True)
+        report = run_case(case, origin, on_step)
+        if report is not None:
+            write_atomically(args.out, report)
+    except Exception as error:
+        failed_at = time.time()
+        traceback.print_exc()
+        failure = {
+            "rank": rank,
+            "time": failed_at,
+            "kind": _kind(error),
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": traceback.format_exc(),
+            "provenance": origin,
+        }
+        write_atomically(beside(f"{args.out.name}.failure{rank}"), failure)
+        sys.stderr.flush()
+        os._exit(1)  # the others may wait for this rank in a collective: leave without an orderly goodbye
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
