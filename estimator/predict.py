@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from estimator.job.files import job_to_dict
 from estimator.job.job import Job
+from estimator.job.model import ModelSpec
+from estimator.job.strategy import Strategy
 from estimator.memory.reader import StepMemory, read_memory
 from estimator.memory.verdict import judge
 from estimator.ops.cost import UnitCost
@@ -49,14 +52,22 @@ class Blueprint:
 def lay_out(job: Job) -> Blueprint:
     """Derive layout, ``StepProgram`` and operator costs of ``job``."""
     units = model_units(job.model)
-    layout = make_layout(units, job.strategy, job.zero_stage, job.dp)
-    program = build_program(layout, job.strategy, job.zero_stage, job.dp, job.n_micro_batches)
+    layout, program = _program_of(job.model, job.strategy, job.zero_stage, job.dp, job.n_micro_batches)
     w, dtype = job.workload, job.strategy.dtype
     shape = Shape(w.micro_batch_size, w.seq_len, dtype, repeats_kv_heads=job.cluster.gpu.arch == "cpu")
     costs = unit_costs(job.model, units, shape, job.strategy.recompute)
     table_bytes = 2 * w.seq_len * (job.model.rotary_dim // 2) * DTYPE_BYTES[dtype]
     tables = (Buffer("tables", -1, "workspace", table_bytes),) if table_bytes else ()
     return Blueprint(layout=layout, program=program, costs=costs, tables=tables)
+
+
+@lru_cache(maxsize=128)
+def _program_of(
+    model: ModelSpec, strategy: Strategy, zero_stage: int, dp: int, n_micro_batches: int
+) -> tuple[Layout, StepProgram]:
+    """Layout and program do not depend on sizes of the batch: a search over micro-batches builds each once."""
+    layout = make_layout(model_units(model), strategy, zero_stage, dp)
+    return layout, build_program(layout, strategy, zero_stage, dp, n_micro_batches)
 
 
 def memory_of(blueprint: Blueprint) -> StepMemory:
@@ -77,6 +88,13 @@ def traffic_of(program: StepProgram) -> tuple[dict[str, int], dict[str, int], di
             elif type(event) is Copy:
                 copies[event.stream] = copies.get(event.stream, 0) + event.n_bytes * section.repeat
     return n_bytes, calls, copies
+
+
+def model_flops_of(job: Job) -> tuple[float, float]:
+    """Model FLOPs, and FLOPs that recomputation adds, of one step of the whole job."""
+    n_passes = job.n_micro_batches * job.dp
+    model, again = flops_of(lay_out(job).costs)
+    return n_passes * model, n_passes * again
 
 
 def flops_of(costs: list[UnitCost]) -> tuple[float, float]:

@@ -1,16 +1,16 @@
 """``initialize`` and ``Engine``: training with ZeRO 0-3 in three calls per micro-batch.
 
-    engine = runtime.initialize(model=model, strategy=Strategy(zero_stage=3), n_micro_batches=4)
-    for batch in batches:
-        loss = engine(*batch)
-        engine.backward(loss)
-        engine.step()            # steps the optimizer when n_micro_batches have gone through
+engine = runtime.initialize(model=model, strategy=Strategy(zero_stage=3), n_micro_batches=4)
+for batch in batches:
+    loss = engine(*batch)
+    engine.backward(loss)
+    engine.step()            # steps the optimizer when n_micro_batches have gone through
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -51,16 +51,14 @@ def initialize(
 class Engine:
     """Trains one model with one ``StepProgram``. Made by ``initialize``."""
 
-    def __init__(
-        self, model: nn.Module, strategy: Strategy, n_micro_batches: int, optimizer: OptimizerConfig
-    ) -> None:
+    def __init__(self, model: nn.Module, strategy: Strategy, n_micro_batches: int, optimizer: OptimizerConfig) -> None:
         self.model, self.strategy, self.n_micro_batches = model, strategy, n_micro_batches
         self.comm = Communicator()
         self.zero_stage = strategy.zero_stage if self.comm.size > 1 else 0
         self.scaler = LossScaler(strategy.dtype)
         self.grad_norm: Tensor | None = None
         """Global gradient norm of the last step, before clipping; ``None`` when neither clipping nor fp16 asked for it."""
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         """Seconds of the step under way by part of ``estimator.report.TIME_PARTS``, as the host sees them."""
         live = find_units(model)
         self.layout = make_layout([u.unit for u in live], strategy, self.zero_stage, self.comm.size)

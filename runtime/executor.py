@@ -7,7 +7,7 @@ itself runs the ``Compute`` events. If the model runs its units in another order
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Executor:
         self.grad_factor: float | Tensor = 1.0
         self.skip_update = False
         self.norm_squared: Tensor | None = None
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.copy_bytes: Counter[str] = Counter()
         self._work: dict[tuple[str, int], Any] = {}
         self._events: tuple[Event, ...] = ()
@@ -81,7 +81,9 @@ class Executor:
     @staticmethod
     def norm_end(events: tuple[Event, ...]) -> int:
         """Index in the optimizer section after which the global gradient norm is known."""
-        norm_events = [i for i, e in enumerate(events) if isinstance(e, GradNorm) or getattr(e, "tag", None) == ("grad_norm", -1)]
+        norm_events = [
+            i for i, e in enumerate(events) if isinstance(e, GradNorm) or getattr(e, "tag", None) == ("grad_norm", -1)
+        ]
         return norm_events[-1] + 1 if norm_events else 0
 
     def begin(self, section: Section) -> None:
@@ -94,7 +96,11 @@ class Executor:
         self._advance()
         due = self._events[self._cursor] if self._cursor < len(self._events) else None
         if due != Compute(unit, phase):  # type: ignore[arg-type]
-            said = f"{due.phase} of {self.unit_names[due.unit]}" if isinstance(due, Compute) else "the end of the micro-batch"
+            said = (
+                f"{due.phase} of {self.unit_names[due.unit]}"
+                if isinstance(due, Compute)
+                else "the end of the micro-batch"
+            )
             raise RuntimeError(f"the model ran {phase} of {self.unit_names[unit]} where its program has {said}")
         self._entered = due  # type: ignore[assignment]
         self._cursor += 1
@@ -157,8 +163,8 @@ class Executor:
             shard = kept if event.purpose == "params" and kept is not None else s.own_full_params
             return self.comm.all_gather(full, shard)
         if event.op == "reduce_scatter":
-            shard = s.tensors.get("reduced", s.tensors.get("grad_shard"))
-            return self.comm.reduce_scatter(s.own_full_grads if shard is None else shard, full)
+            reduced = s.tensors.get("reduced", s.tensors.get("grad_shard"))
+            return self.comm.reduce_scatter(s.own_full_grads if reduced is None else reduced, full)
         return self.comm.all_reduce(full)
 
     @torch.no_grad()
@@ -177,14 +183,14 @@ class Executor:
         if event.purpose == "params":
             return tensors["kept_params"], tensors["staging"] if "staging" in tensors else tensors["full_params"]
         if event.purpose == "grads":
-            return tensors["grad_shard"] if "grad_shard" in tensors else s.own_full_grads, tensors["host_grads"]
+            return s.reduced_grads, tensors["host_grads"]
         if event.stream == "d2h":
             return tensors["full_params"], tensors["kept_params"]
         if self.strategy.offload_param:
             return s.step_params, s.own_full_params
         source = tensors.get("host_update", tensors.get("master"))
         assert source is not None
-        return source, tensors["kept_params"] if "kept_params" in tensors else s.own_full_params
+        return source, s.device_shard
 
     def _wait(self, event: Wait) -> None:
         start = time.perf_counter()
@@ -232,7 +238,13 @@ class Executor:
                 if isinstance(factor, Tensor) or factor != 1.0:
                     grad.mul_(factor)
                 update(
-                    self.strategy.optimizer, self.optimizer, self.lr, step, master[part], grad, [x[part] for x in states]
+                    self.strategy.optimizer,
+                    self.optimizer,
+                    self.lr,
+                    step,
+                    master[part],
+                    grad,
+                    [x[part] for x in states],
                 )
                 if target.data_ptr() != master.data_ptr() or target.dtype != master.dtype:
                     target[part].copy_(master[part])

@@ -56,7 +56,12 @@ class Measurement:
 
 
 def run_session(
-    job: Job, device: Device, options: SessionOptions, *, rank: int = 0, on_step: Callable[[int, float], None] | None = None
+    job: Job,
+    device: Device,
+    options: SessionOptions,
+    *,
+    rank: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> Measurement:
     """Train ``job``'s model on random tokens as rank ``rank``; every rank of the job calls this.
 
@@ -82,7 +87,9 @@ def run_session(
         host_bytes=report.host_peak_bytes if report else None,
         pinned_bytes=(report.host_peak_bytes if device == "cuda" else 0) if report else None,
         step_seconds=tuple(seconds),
-        part_seconds={name: statistics.median(p.get(name, 0.0) for p in parts) for name in sorted({n for p in parts for n in p})},
+        part_seconds={
+            name: statistics.median(p.get(name, 0.0) for p in parts) for name in sorted({n for p in parts for n in p})
+        },
         collective_bytes=dict(engine.comm.bytes),
         collective_calls=dict(engine.comm.calls),
         copy_bytes=dict(engine.executor.copy_bytes),
@@ -96,7 +103,10 @@ def _make_engine(job: Job, device: Device, options: SessionOptions) -> Engine:
     if device != "meta":
         model.reset_parameters(options.seed)
     return initialize(
-        model=model, strategy=job.strategy, n_micro_batches=job.n_micro_batches, optimizer=OptimizerConfig(lr=options.lr)
+        model=model,
+        strategy=job.strategy,
+        n_micro_batches=job.n_micro_batches,
+        optimizer=OptimizerConfig(lr=options.lr),
     )
 
 

@@ -133,10 +133,20 @@ class GroupStorage:
     @property
     def step_grads(self) -> Tensor:
         """The gradients that the optimizer reads: on the host, reduced, or in full."""
-        for role in ("host_grads", "grad_shard"):
-            if role in self.tensors:
-                return self.tensors[role]
-        return self.own_full_grads
+        on_host = self.tensors.get("host_grads")
+        return self.reduced_grads if on_host is None else on_host
+
+    @property
+    def reduced_grads(self) -> Tensor:
+        """This rank's gradients after reduction, on the device."""
+        shard = self.tensors.get("grad_shard")
+        return self.own_full_grads if shard is None else shard
+
+    @property
+    def device_shard(self) -> Tensor:
+        """This rank's parameters on the device, in the model's dtype, where they are kept there."""
+        kept = self.tensors.get("kept_params")
+        return self.own_full_params if kept is None else kept
 
     @property
     def step_params(self) -> Tensor:
@@ -151,7 +161,8 @@ class GroupStorage:
     @property
     def master(self) -> Tensor:
         """fp32 parameters that the optimizer steps; the model's own where those are fp32 and in the same place."""
-        return self.tensors["master"] if "master" in self.tensors else self.step_params
+        master = self.tensors.get("master")
+        return self.step_params if master is None else master
 
 
 def _cut(flat: Tensor, slot: Slot) -> Tensor:

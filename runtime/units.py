@@ -32,7 +32,9 @@ def find_units(model: nn.Module) -> list[LiveUnit]:
             modules.append((name, child))
     own = [name for name, _ in model.named_parameters(recurse=False)]
     if own:
-        raise InputError(f"model has parameters outside its child modules: {', '.join(own)}; put them into a child module")
+        raise InputError(
+            f"model has parameters outside its child modules: {', '.join(own)}; put them into a child module"
+        )
     owner: dict[nn.Parameter, int] = {}
     units: list[LiveUnit] = []
     for name, module in modules:
@@ -47,7 +49,9 @@ def find_units(model: nn.Module) -> list[LiveUnit]:
         if not mine and not borrows:
             continue
         kind = name.split(".")[0] if "." not in name else "block"
-        reads = not all(isinstance(m, nn.Embedding) for m in module.modules() if next(m.parameters(recurse=False), None) is not None)
+        reads = not all(
+            isinstance(m, nn.Embedding) for m in module.modules() if next(m.parameters(recurse=False), None) is not None
+        )
         unit = Unit(name, kind, tuple(mine), tuple(dict.fromkeys(borrows)), backward_reads=reads)
         units.append(LiveUnit(module, unit, params))
     if not units:

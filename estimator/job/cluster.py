@@ -60,7 +60,9 @@ class Cluster:
         require_int("gpus", self.n_gpus)
         require_int("gpus_per_node", self.gpus_per_node)
         if self.n_gpus > self.gpus_per_node and self.n_gpus % self.gpus_per_node:
-            raise InputError(f"gpus is {self.n_gpus}; allowed: a multiple of gpus_per_node = {self.gpus_per_node}, or fewer than that")
+            raise InputError(
+                f"gpus is {self.n_gpus}; allowed: a multiple of gpus_per_node = {self.gpus_per_node}, or fewer than that"
+            )
 
     @property
     def n_nodes(self) -> int:

@@ -74,6 +74,10 @@ class Job:
         Holds what decides the step (model shape, workload, strategy, GPU, sizes), not where figures came from.
         """
         model = {k: v for k, v in asdict(self.model).items() if k not in ("name", "family")}
-        cluster = {"gpu": self.cluster.gpu.name, "n_gpus": self.cluster.n_gpus, "gpus_per_node": self.cluster.gpus_per_node}
+        cluster = {
+            "gpu": self.cluster.gpu.name,
+            "n_gpus": self.cluster.n_gpus,
+            "gpus_per_node": self.cluster.gpus_per_node,
+        }
         text = json.dumps([model, asdict(self.workload), asdict(self.strategy), cluster], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -72,7 +72,16 @@ class ModelSpec:
     """Every n-th layer attends globally although ``sliding_window`` is set (Gemma 2: 2, Gemma 3: 6); 0: none does."""
 
     def __post_init__(self) -> None:
-        for field in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_positions"):
+        for field in (
+            "n_layers",
+            "d_model",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "d_ff",
+            "vocab_size",
+            "max_positions",
+        ):
             require_int(f"model.{field}", getattr(self, field))
         for field in ("position_rows", "embed_dim", "sliding_window", "global_every"):
             require_int(f"model.{field}", getattr(self, field), minimum=0)

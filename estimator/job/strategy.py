@@ -47,7 +47,7 @@ class Strategy:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.zero_stage, bool) or self.zero_stage not in (0, 1, 2, 3):
+        if type(self.zero_stage) is not int or self.zero_stage not in (0, 1, 2, 3):
             raise invalid("zero", self.zero_stage, "0, 1, 2 or 3")
         require_choice("offload", self.offload, get_args(Offload))
         require_choice("recompute", self.recompute, get_args(Recompute))
@@ -56,7 +56,11 @@ class Strategy:
         for field in ("tp", "pp", "cp", "ep", "bucket_bytes"):
             require_int(field, getattr(self, field))
         require_int("prefetch_depth", self.prefetch_depth, minimum=0)
-        if isinstance(self.grad_clip, bool) or not isinstance(self.grad_clip, int | float) or not 0 <= self.grad_clip < float("inf"):
+        if (
+            isinstance(self.grad_clip, bool)
+            or not isinstance(self.grad_clip, int | float)
+            or not 0 <= self.grad_clip < float("inf")
+        ):
             raise invalid("grad_clip", self.grad_clip, "a number >= 0 (0 switches clipping off)")
 
     @property

@@ -43,11 +43,13 @@ class _Meter:
             self.category_peak[category] = value
 
 
-def read_memory(program: StepProgram, units: Sequence[Unit], costs: Sequence[UnitCost], buffers: Iterable[Buffer] = ()) -> StepMemory:
+def read_memory(
+    program: StepProgram, units: Sequence[Unit], costs: Sequence[UnitCost], buffers: Iterable[Buffer] = ()
+) -> StepMemory:
     """Live bytes of ``program`` where the compute of ``units[i]`` costs ``costs[i]``.
 
-    ``buffers`` are further device bytes that live all the time (a model's tables). Sections that repeat are alike from
-    their second turn on, and leave behind what they found, so two turns are read.
+    ``buffers`` are further device bytes that live all the time (a model's tables). A section that repeats and leaves
+    behind what it found needs one reading; another one needs two, as turns are alike from the second on.
     """
     return _Reader(units, costs).read(program, buffers)
 
@@ -79,7 +81,9 @@ class _Reader:
         for section in program.step:
             if section.name == "optimizer":
                 self._mark("optimizer", "optimizer step")
-            for _ in range(min(section.repeat, 2)):
+            before = dict(self.device.live), dict(self.host.live)
+            self._events(section.events)
+            if section.repeat > 1 and before != (self.device.live, self.host.live):
                 self._events(section.events)
         device, host = self.device, self.host
         return StepMemory(

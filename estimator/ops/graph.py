@@ -97,10 +97,14 @@ class Graph:
 
     # ---- operators ------------------------------------------------------------------------------------------------
 
-    def _elementwise(self, name: str, n_bytes: int, flops: int = 0, backward: bool = False, kind: str = "elementwise") -> Op:
+    def _elementwise(
+        self, name: str, n_bytes: int, flops: int = 0, backward: bool = False, kind: str = "elementwise"
+    ) -> Op:
         return Op(name, kind, backward, self.dtype, flops, n_bytes)  # type: ignore[arg-type]
 
-    def linear(self, x: Ref, n_in: int, n_out: int, *, bias: bool, category: str = "activations", pending: bool = False) -> Ref:
+    def linear(
+        self, x: Ref, n_in: int, n_out: int, *, bias: bool, category: str = "activations", pending: bool = False
+    ) -> Ref:
         """``x @ W.T + b``. Backward multiplies twice and adds the parameter gradient to the flat buffer."""
         m, w = self.rows, self.width
         out = self.tensor(m * n_out * w, category)
@@ -132,6 +136,7 @@ class Graph:
         rows = self.rows if rows is None else rows
         n, w = rows * width, self.width
         out = self.tensor(n * w)
+        name = "rms_norm" if rms else "layer_norm"
         stats = self.tensor(rows * 4 * (1 if rms else 2), grad=False)
         grad_bytes = width * w * (2 if bias else 1)
         low = self.dtype != "fp32"
@@ -139,8 +144,8 @@ class Graph:
             Node(
                 (x,),
                 out,
-                forward=(self._elementwise("norm", 2 * n * w, 4 * n, kind="norm"),),
-                backward=(self._elementwise("norm_backward", 3 * n * w, 8 * n, True, kind="norm"),),
+                forward=(self._elementwise(name, 2 * n * w, 4 * n, kind="norm"),),
+                backward=(self._elementwise(f"{name}_backward", 3 * n * w, 8 * n, True, kind="norm"),),
                 saves=(x,),
                 aux=(stats,),
                 forward_temp_bytes=6 * n if rms and low else 0,

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from estimator.job.model import ModelSpec
+from estimator.job.strategy import Recompute
 from estimator.ops.cost import UnitCost
 from estimator.ops.graph import Graph, Ref
 from estimator.ops.liveness import unit_cost
 from estimator.sharding.units import Unit
-from estimator.job.strategy import Recompute
 
 
 class Shape(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from estimator.job.strategy import OPTIMIZER_STATES, Strategy
-from estimator.schedule.events import Buffer
+from estimator.schedule.events import Buffer, Place
 from estimator.sharding.layout import Group
 from estimator.units import DTYPE_BYTES
 
@@ -52,15 +52,17 @@ class GroupBuffers(NamedTuple):
 
 def group_buffers(group: Group, strategy: Strategy, zero_stage: int) -> GroupBuffers:
     """All buffers of ``group`` under ``strategy`` with ``zero_stage`` in effect."""
-    g, width = group.index, DTYPE_BYTES[strategy.dtype]
+    g, width = group.number, DTYPE_BYTES[strategy.dtype]
     full_bytes, shard_bytes = group.padded_numel * width, group.shard_numel * width
     low_precision = strategy.dtype != "fp32"
-    step_place = "host" if strategy.offload_optimizer else "device"
+    step_place: Place = "host" if strategy.offload_optimizer else "device"
     fetched = zero_stage == 3 or strategy.offload_param
 
-    kept = staging = None
+    kept: Buffer | None = None
+    staging: Buffer | None = None
     if zero_stage == 3:
-        kept = Buffer("kept_params", g, "params", shard_bytes, "host" if strategy.offload_param else "device")
+        kept_place: Place = "host" if strategy.offload_param else "device"
+        kept = Buffer("kept_params", g, "params", shard_bytes, kept_place)
         if strategy.offload_param:
             staging = Buffer("staging", g, "offload_staging", shard_bytes)
     elif strategy.offload_param:

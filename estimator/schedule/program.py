@@ -44,6 +44,10 @@ class _Builder:
     def __init__(self, layout: Layout, strategy: Strategy, zero_stage: int, dp: int) -> None:
         self.layout, self.strategy, self.stage, self.dp = layout, strategy, zero_stage, dp
         self.buffers = [group_buffers(group, strategy, zero_stage) for group in layout.groups]
+        fetched = [b for b in self.buffers if b.is_fetched]
+        self.fetches = [self._fetch(b) for b in fetched]
+        self.arrivals = [self._arrival(b) for b in fetched]
+        self.releases = [Free(b.full_params) for b in fetched]
         self.visits = self._visits()
         self.events: list[Event] = []
         self.leaving: list[int] = []
@@ -51,15 +55,24 @@ class _Builder:
     def build(self, n_micro_batches: int) -> StepProgram:
         init = tuple(Alloc(b) for group in self.buffers for b in _persistent(group))
         sections: list[Section] = []
-        kinds = [(True, True, 1)] if n_micro_batches == 1 else [(True, False, 1), (False, True, 1)]
-        if n_micro_batches > 2:
-            kinds.insert(1, (False, False, n_micro_batches - 2))
-        for first, last, repeat in kinds:
+        for first, last, repeat in self._turns(n_micro_batches):
             self._micro_batch(first, last)
             sections.append(self._section("micro_batch", repeat))
         self._optimizer()
         sections.append(self._section("optimizer", 1))
         return StepProgram(init, tuple(sections))
+
+    def _turns(self, n_micro_batches: int) -> list[tuple[bool, bool, int]]:
+        """Kinds of micro-batches in a step: whether it is the first, whether the last, and how many there are.
+
+        The last one is special only where it alone reduces (stages 0, 1) or sends gradients to the host.
+        """
+        if n_micro_batches == 1:
+            return [(True, True, 1)]
+        if self.stage >= 2 and not self.strategy.offload_optimizer:
+            return [(True, False, 1), (False, False, n_micro_batches - 1)]
+        middle = [(False, False, n_micro_batches - 2)] if n_micro_batches > 2 else []
+        return [(True, False, 1), *middle, (False, True, 1)]
 
     def _section(self, name: str, repeat: int) -> Section:
         section = Section(name, tuple(self.events), repeat)  # type: ignore[arg-type]
@@ -69,10 +82,12 @@ class _Builder:
     def _visits(self) -> list[_Visit]:
         units, group_of = self.layout.units, self.layout.group_of_unit
         if not self.buffers[0].is_fetched:
-            reads = [() for _ in units]
+            reads: list[tuple[int, ...]] = [() for _ in units]
             backward_reads = reads
         else:
-            reads = [tuple(dict.fromkeys((*(group_of[b] for b in u.borrows), group_of[i]))) for i, u in enumerate(units)]
+            reads = [
+                tuple(dict.fromkeys((*(group_of[b] for b in u.borrows), group_of[i]))) for i, u in enumerate(units)
+            ]
             backward_reads = [r if u.backward_reads else () for r, u in zip(reads, units, strict=True)]
         last = len(units) - 1
         forward = [_Visit(i, "loss" if i == last else "forward", reads[i]) for i in range(last + 1)]
@@ -87,33 +102,32 @@ class _Builder:
         present: set[int] = set()
         in_flight: set[int] = set()
         reducing: list[int] = []
-        self.leaving: list[int] = []
         group_of, groups = self.layout.group_of_unit, self.layout.groups
         for position, visit in enumerate(visits):
             ahead = visits[position + 1 : position + 1 + depth]
             for wanted in (visit, *ahead):
                 for g in wanted.reads:
                     if g not in present:
-                        self._fetch(g)
+                        self.events += self.fetches[g]
                         present.add(g)
                         in_flight.add(g)
             for g in visit.reads:
                 if g in in_flight:
-                    self._await_fetch(g)
+                    self.events += self.arrivals[g]
                     in_flight.remove(g)
             group = groups[group_of[visit.unit]]
             backward = visit.phase == "backward"
             if backward and visit.unit == group.units[-1] and (first or self.stage >= 2):
-                emit(Alloc(self.buffers[group.index].full_grads))
+                emit(Alloc(self.buffers[group.number].full_grads))
             emit(Compute(visit.unit, visit.phase))
             still_wanted = {g for later in ahead for g in later.reads}
             for g in visit.reads:
                 if g not in still_wanted:
-                    emit(Free(self.buffers[g].full_params))
+                    emit(self.releases[g])
                     present.remove(g)
             if backward and visit.unit == group.units[0] and (last or self.stage >= 2):
-                self._reduce(group.index, first)
-                reducing.append(group.index)
+                self._reduce(group.number, first)
+                reducing.append(group.number)
                 leaves_early = self.stage >= 2 or (last and self.strategy.offload_optimizer)
                 if leaves_early and len(reducing) > 1:
                     self._finish_reduce(reducing.pop(0), first, last)
@@ -121,26 +135,29 @@ class _Builder:
             self._finish_reduce(g, first, last)
         self._finish_offload(keep=0)
 
-    def _fetch(self, g: int) -> None:
+    def _fetch(self, b: GroupBuffers) -> list[Event]:
         """Bring a group's parameters in: copy from the host, gather from the other ranks, or both."""
-        emit, b = self.events.append, self.buffers[g]
         full, kept = b.full_params, b.kept_params
         assert kept is not None
-        emit(Alloc(full))
+        g = full.group
+        events: list[Event] = [Alloc(full)]
         if b.staging is not None:
-            emit(Alloc(b.staging))
+            events.append(Alloc(b.staging))
         if kept.place == "host":
-            emit(Copy("h2d", "params", g, kept.n_bytes, ("h2d", g)))
+            events.append(Copy("h2d", "params", g, kept.n_bytes, ("h2d", g)))
         if self.stage == 3:
             if kept.place == "host":
-                emit(Wait("gather", ("h2d", g)))
-            emit(Collective("all_gather", "params", g, full.n_bytes, "gather", ("gather", g)))
+                events.append(Wait("gather", ("h2d", g)))
+            events.append(Collective("all_gather", "params", g, full.n_bytes, "gather", ("gather", g)))
+        return events
 
-    def _await_fetch(self, g: int) -> None:
-        emit, b = self.events.append, self.buffers[g]
-        emit(Wait("compute", ("gather", g) if self.stage == 3 else ("h2d", g)))
+    def _arrival(self, b: GroupBuffers) -> list[Event]:
+        """Make the compute stream wait for a group's parameters."""
+        g = b.full_params.group
+        events: list[Event] = [Wait("compute", ("gather", g) if self.stage == 3 else ("h2d", g))]
         if b.staging is not None:
-            emit(Free(b.staging))
+            events.append(Free(b.staging))
+        return events
 
     def _reduce(self, g: int, first: bool) -> None:
         """Start summing a group's gradients over the ranks, now that backward has written all of them."""
@@ -179,22 +196,22 @@ class _Builder:
         stream = "host" if s.offload_optimizer else "compute"
         if s.offload_optimizer:
             for group in self.layout.groups:
-                emit(Wait("host", ("d2h", group.index)))
+                emit(Wait("host", ("d2h", group.number)))
         if s.grad_clip > 0 or s.dtype == "fp16":
             for group in self.layout.groups:
-                n_bytes = group.shard_numel * (self.buffers[group.index].full_grads.n_bytes // group.padded_numel)
-                emit(GradNorm(group.index, n_bytes, stream))  # type: ignore[arg-type]
+                n_bytes = group.shard_numel * (self.buffers[group.number].full_grads.n_bytes // group.padded_numel)
+                emit(GradNorm(group.number, n_bytes, stream))  # type: ignore[arg-type]
             if self.stage >= 1:
                 emit(Collective("all_reduce", "grad_norm", -1, 4, "reduce", ("grad_norm", -1)))
                 emit(Wait(stream, ("grad_norm", -1)))  # type: ignore[arg-type]
         for group in self.layout.groups:
-            self._update(group.index, group.shard_numel, stream)
-            self._publish(group.index)
+            self._update(group.number, group.shard_numel, stream)
+            self._publish(group.number)
         if self.stage in (1, 2) or (s.offload_optimizer and not s.offload_param):
             last_verb = "gather" if self.stage in (1, 2) else "h2d"
             for group in self.layout.groups:
                 if not (self.stage in (1, 2) and s.offload_param):
-                    emit(Wait("compute", (last_verb, group.index)))
+                    emit(Wait("compute", (last_verb, group.number)))
 
     def _update(self, g: int, numel: int, stream: str) -> None:
         """Step this rank's shard of one group."""

@@ -33,7 +33,7 @@ def flat_numel(params: tuple[Param, ...]) -> int:
 class Group(NamedTuple):
     """Consecutive units whose parameters share one flat buffer. All sizes in elements."""
 
-    index: int
+    number: int
     units: range
     """Indices of its units, in forward order."""
     numel: int

@@ -129,7 +129,7 @@ class _Player:
             end = max(self.clocks)
             if end > self.clocks[0]:
                 last = max(range(len(STREAMS)), key=lambda i: self.clocks[i])
-                part = self.last_part[last] if last != _HOST else "optimizer"
+                part = self.last_part[last] if last != _HOST else "offload"
                 records = [r for r in self.tags.values() if r[0] == end]
                 self._idle(self.clocks[0], end, records[0] if records else None, part)
         return self.parts, dict(zip(STREAMS, self.busy, strict=True))

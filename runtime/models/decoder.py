@@ -123,6 +123,9 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """Decoder-only language model: ``forward(ids, labels)`` gives the mean loss of the batch."""
 
+    cos: Tensor | None
+    sin: Tensor | None
+
     def __init__(self, spec: ModelSpec, seq_len: int | None = None) -> None:
         """``seq_len`` (default ``spec.max_positions``) is the longest sequence that rotary tables are kept for."""
         super().__init__()
@@ -152,7 +155,7 @@ class Decoder(nn.Module):
 
     def fill_rotary_tables(self) -> None:
         """Angles position * theta^(-2i/R), as cosines and sines."""
-        if not self.spec.rotary_dim:
+        if self.cos is None or self.sin is None:
             return
         dim, device = self.spec.rotary_dim, self.cos.device
         steps = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim

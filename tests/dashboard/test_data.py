@@ -9,6 +9,7 @@ import pytest
 from dashboard.charts import CATEGORY_COLOURS, PART_COLOURS, memory_bar, time_bars
 from dashboard.data import (
     CATEGORY_LABELS,
+    OUTSIDE,
     PART_LABELS,
     memory_rows,
     needed_bytes,
@@ -38,7 +39,7 @@ REPORT = StepReport(
 
 
 def test_every_category_and_part_has_a_label_and_a_colour() -> None:
-    assert tuple(CATEGORY_LABELS) == CATEGORIES and set(CATEGORY_COLOURS) == set(CATEGORIES)
+    assert tuple(CATEGORY_LABELS) == CATEGORIES and set(CATEGORY_COLOURS) == {*CATEGORIES, OUTSIDE}
     assert tuple(PART_LABELS) == TIME_PARTS and set(PART_COLOURS) == set(TIME_PARTS)
     for table in (CATEGORY_LABELS, CATEGORY_COLOURS, PART_LABELS, PART_COLOURS):
         assert len(set(table.values())) == len(table)
@@ -46,9 +47,15 @@ def test_every_category_and_part_has_a_label_and_a_colour() -> None:
 
 def test_memory_rows_keep_the_order_and_leave_out_what_is_empty() -> None:
     rows = memory_rows(REPORT)
-    assert [r["category"] for r in rows] == ["params", "grads", "activations"]
-    assert [r["at_peak_bytes"] for r in rows] == [10 * GIB, 0, 20 * GIB]
-    assert [r["own_peak_bytes"] for r in rows] == [10 * GIB, 2 * GIB, 21 * GIB]
+    assert [r["category"] for r in rows] == ["params", "grads", "activations", OUTSIDE]
+    assert [r["at_peak_bytes"] for r in rows] == [10 * GIB, 0, 20 * GIB, 3 * GIB]
+    assert [r["own_peak_bytes"] for r in rows] == [10 * GIB, 2 * GIB, 21 * GIB, None]
+
+
+def test_memory_rows_add_up_to_what_is_needed() -> None:
+    assert sum(r["at_peak_bytes"] for r in memory_rows(REPORT)) == needed_bytes(REPORT)
+    live_only = replace(REPORT, device_used_bytes=None)
+    assert sum(r["at_peak_bytes"] for r in memory_rows(live_only)) == REPORT.peak_allocated_bytes
 
 
 def test_time_rows_share_the_step() -> None:
@@ -91,7 +98,7 @@ def test_table_has_units() -> None:
 def test_memory_bar_stacks_to_the_peak_and_marks_the_capacity() -> None:
     spec = memory_bar(memory_rows(REPORT), REPORT.capacity_bytes).to_dict()
     bar, rule, text = spec["layer"]
-    assert sum(v["GiB"] for v in bar["data"]["values"]) == pytest.approx(30.0)
+    assert sum(v["GiB"] for v in bar["data"]["values"]) == pytest.approx(33.0)
     assert rule["data"]["values"][0]["GiB"] == pytest.approx(80.0)
     assert "80.0 GiB" in text["data"]["values"][0]["text"]
     low, high = bar["encoding"]["x"]["scale"]["domain"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,33 +104,17 @@ def run_plain(case: Case) -> Outcome:
     model.to(dtype)
     params = list(model.parameters())
     adam = torch.optim.AdamW(
-        masters, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay, fused=True
+        masters,
+        lr=OPTIMIZER.lr,
+        betas=OPTIMIZER.betas,
+        eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
+        fused=True,
     )
     scale = 2.0**16 if case.dtype == "fp16" else 1.0
-    ranks_first = case.stage >= 2 and case.world > 1
     losses = []
     for _ in range(STEPS):
-        total = 0.0
-
-        def grads_of(micro: int, rank: int) -> list[Tensor]:
-            nonlocal total
-            loss = model(*batch(micro, rank))
-            total += loss.item()
-            return list(torch.autograd.grad(loss * (scale / case.accumulation), params))
-
-        def add(sums: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
-            return more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
-
-        micros, ranks = range(case.accumulation), range(case.world)
-        grads: list[Tensor] | None = None
-        for outer in micros if ranks_first else ranks:
-            inner_sum: list[Tensor] | None = None
-            for inner in ranks if ranks_first else micros:
-                micro, rank = (outer, inner) if ranks_first else (inner, outer)
-                inner_sum = add(inner_sum, grads_of(micro, rank))
-            assert inner_sum is not None
-            grads = add(grads, inner_sum)
-        assert grads is not None
+        total, grads = _summed_gradients(model, params, case, scale)
         for master, grad in zip(masters, grads, strict=True):
             master.grad = grad.float() / (case.world * scale)
         overflow = not all(bool(torch.isfinite(m.grad).all()) for m in masters if m.grad is not None)
@@ -145,6 +130,32 @@ def run_plain(case: Case) -> Outcome:
         losses.append(total / (case.accumulation * case.world))
     names = [name for name, _ in model.named_parameters()]
     return Outcome(losses, dict(zip(names, masters, strict=True)), {}, {})
+
+
+def _summed_gradients(
+    model: Decoder, params: list[torch.nn.Parameter], case: Case, scale: float
+) -> tuple[float, list[Tensor]]:
+    """Sum of the losses and gradients of all micro-batches of all ranks, added in the order of ``case``'s stage."""
+    ranks_first = case.stage >= 2 and case.world > 1
+    outer_range, inner_range = range(case.world), range(case.accumulation)
+    if ranks_first:
+        outer_range, inner_range = inner_range, outer_range
+    total, outer_sum = 0.0, None
+    for outer in outer_range:
+        inner_sum = None
+        for inner in inner_range:
+            micro, rank = (outer, inner) if ranks_first else (inner, outer)
+            loss = model(*batch(micro, rank))
+            total += loss.item()
+            inner_sum = _plus(inner_sum, torch.autograd.grad(loss * (scale / case.accumulation), params))
+        assert inner_sum is not None
+        outer_sum = _plus(outer_sum, inner_sum)
+    assert outer_sum is not None
+    return total, outer_sum
+
+
+def _plus(sums: list[Tensor] | None, more: Sequence[Tensor]) -> list[Tensor]:
+    return list(more) if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
 
 
 def worker(rank: int, world: int, folder: str, cases: list[Case]) -> None:
