@@ -148,7 +148,7 @@ class Executor:
 
     @torch.no_grad()
     def _collective(self, event: Collective) -> None:
-        with self.streams.on(event.stream):
+        with self.streams.on(event.stream), managed_memory():
             self._work[event.tag] = self._start_collective(event)
 
     def _start_collective(self, event: Collective) -> Any:
@@ -194,7 +194,10 @@ class Executor:
 
     def _wait(self, event: Wait) -> None:
         start = time.perf_counter()
-        self.streams.wait(event.stream, self._work.get(event.tag))
+        with managed_memory():  # gloo keeps copies of its own, as NCCL has buffers: neither is the job's tensors
+            self.streams.wait(event.stream, self._work.get(event.tag))
+            if event.tag[0] in _WAIT_PART:
+                self._work.pop(event.tag, None)
         self.seconds[_WAIT_PART.get(event.tag[0], "offload")] += time.perf_counter() - start
 
     # ---- arithmetic -----------------------------------------------------------------------------------------------

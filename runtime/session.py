@@ -13,6 +13,7 @@ from estimator.errors import InputError
 from estimator.job.job import Job
 from runtime.context import input_memory, metered_by
 from runtime.engine import Engine, initialize
+from runtime.host_memory import keep_freed_memory
 from runtime.ledger import Ledger, LedgerReport
 from runtime.models import Decoder
 from runtime.optimizer import OptimizerConfig
@@ -71,6 +72,8 @@ def run_session(
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if ranks != job.dp:
         raise InputError(f"the process group has {ranks} ranks; allowed: {job.dp}, the job's data-parallel size")
+    if device == "cpu":
+        keep_freed_memory()
     engine = _make_engine(job, device, options)
     batches = _Batches(job, device, options.seed + rank)
     seconds, parts, losses = _timed_steps(engine, batches, options, on_step) if device != "meta" else ([], [], [])

@@ -89,24 +89,35 @@ class Durations:
 
     def grad_norm(self, n_bytes: int, on_host: bool) -> float:
         """One read of the gradient shard."""
+        return self._host_stream(n_bytes, on_host)
+
+    def update(self, numel: int, on_host: bool) -> float:
+        """One optimizer step on ``numel`` elements: bound by memory on the device, by the measured rate on the host.
+
+        Around the fused step this runtime makes passes of its own: it casts low-precision gradients to fp32, scales
+        them, and casts the new parameters back.
+        """
+        if numel <= 0:
+            return 0.0
+        around_s = self._host_stream(numel * self._passes_bytes(), on_host)
+        if on_host or self.is_cpu:
+            return numel / self._host_rate() + around_s
+        return self._stream(numel * self._update_bytes()) + around_s
+
+    def _passes_bytes(self) -> int:
+        """Bytes per element moved by the passes before and after the fused optimizer step."""
+        width = DTYPE_BYTES[self.job.strategy.dtype]
+        scale = 8
+        return scale if self.job.strategy.dtype == "fp32" else (width + 4) + scale + (4 + width)
+
+    def _host_stream(self, n_bytes: int, on_host: bool) -> float:
         if on_host and not self.is_cpu:
             return n_bytes * self.workers / self.job.cluster.host.memory_bytes_per_s
         return self._stream(n_bytes)
 
-    def update(self, numel: int, on_host: bool) -> float:
-        """One optimizer step on ``numel`` elements: bound by memory on the device, by the measured rate on the host."""
-        if numel <= 0:
-            return 0.0
-        if on_host or self.is_cpu:
-            return numel / self._host_rate()
-        return self._stream(numel * self._update_bytes())
-
     def _update_bytes(self) -> int:
-        """Bytes per element: gradient read, states and fp32 parameters read and written, low-precision copy written."""
-        strategy = self.job.strategy
-        width = DTYPE_BYTES[strategy.dtype]
-        copy = width if strategy.dtype != "fp32" else 0
-        return width + 8 * (OPTIMIZER_STATES[strategy.optimizer] + 1) + copy
+        """Bytes per element of the fused step: fp32 gradient read, states and parameters read and written."""
+        return 4 + 8 * (OPTIMIZER_STATES[self.job.strategy.optimizer] + 1)
 
     def _host_rate(self) -> float:
         """Elements per second of one rank: published rates are a whole node's, measured ones one process's of many.

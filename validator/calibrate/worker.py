@@ -33,8 +33,10 @@ def run(
     import torch
     import torch.distributed as dist
 
+    from runtime.host_memory import keep_freed_memory
     from validator.calibrate.measure import prepare, time_call, warm_up
 
+    keep_freed_memory()
     torch.set_num_threads(threads)
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=workers)

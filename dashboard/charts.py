@@ -1,0 +1,102 @@
+"""Altair charts from the rows of ``dashboard.data``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import altair as alt
+
+from dashboard.data import OUTSIDE, Row
+from estimator.units import GIB
+
+CATEGORY_COLOURS = {
+    "params": "#1f4e8c", "gathered_params": "#5b8fd0", "offload_staging": "#a9c7ea",
+    "grads": "#2a8c6a", "reduce_buckets": "#86cbb0",
+    "master_params": "#6a4c9c", "optimizer_state": "#a48bcb",
+    "activations": "#d9822b", "logits_loss": "#f0b35e", "temporaries": "#f6d9a8", "workspace": "#c9a26b",
+    "cuda_context": "#7a7f87", "comm_buffers": "#a3a8b0", "fragmentation": "#cfd3d8", OUTSIDE: "#8d939b",
+}  # fmt: skip
+"""Parameters blue, gradients green, optimizer violet, activations orange, everything outside the tensors grey."""
+PART_COLOURS = {
+    "forward": "#1f4e8c", "backward": "#5b8fd0", "recompute": "#a9c7ea",
+    "exposed_gather": "#d9822b", "exposed_reduce": "#f0b35e", "exposed_other_comm": "#f6d9a8",
+    "optimizer": "#6a4c9c", "offload": "#c9534f", "pipeline_bubble": "#a3a8b0", "data": "#cfd3d8",
+}  # fmt: skip
+"""Compute blue, waiting orange and red."""
+
+
+def memory_bar(rows: Sequence[Row], capacity_bytes: int | None) -> alt.LayerChart:
+    """One stacked bar of the bytes at the peak by category, and a line at the GPU's capacity (GiB)."""
+    values = [
+        {"category": r["label"], "GiB": r["at_peak_bytes"] / GIB, "order": i}
+        for i, r in enumerate(rows)
+        if r["at_peak_bytes"]
+    ]
+    total = sum(v["GiB"] for v in values)
+    capacity = (capacity_bytes or 0) / GIB
+    scale = alt.Scale(domain=[0, max(total, capacity) * 1.08 or 1.0], nice=False)
+    shown = [r for r in rows if r["at_peak_bytes"]]
+    colours = alt.Scale(domain=[r["label"] for r in shown], range=[CATEGORY_COLOURS[r["category"]] for r in shown])
+    bar = (
+        alt.Chart(alt.Data(values=values))
+        .mark_bar(height=60)
+        .encode(
+            x=alt.X("GiB:Q", stack="zero", scale=scale, title="GiB on one GPU at the peak"),
+            color=alt.Color(
+                "category:N", scale=colours, legend=alt.Legend(title=None, orient="bottom", columns=5, labelLimit=220)
+            ),
+            order=alt.Order("order:Q"),
+            tooltip=[alt.Tooltip("category:N"), alt.Tooltip("GiB:Q", format=".3f")],
+        )
+    )
+    layers: list[alt.Chart] = [bar]
+    if capacity:
+        line = alt.Chart(alt.Data(values=[{"GiB": capacity, "text": f"capacity {capacity:.1f} GiB"}])).encode(
+            x=alt.X("GiB:Q", scale=scale)
+        )
+        layers.append(line.mark_rule(color="#c9534f", strokeWidth=2, strokeDash=[6, 4]))
+        layers.append(
+            line.mark_text(color="#c9534f", align="right", dx=-6, dy=-44, fontWeight="bold").encode(text="text:N")
+        )
+    return alt.LayerChart(layer=layers).properties(height=230)
+
+
+def time_bars(rows: Sequence[Row]) -> alt.LayerChart:
+    """A horizontal bar for each part of the step (ms), longest share labelled."""
+    values = [
+        {
+            "part": r["label"],
+            "ms": r["seconds"] * 1e3,
+            "share": r["share"],
+            "text": f"{r['seconds'] * 1e3:,.3g} ms ({r['share']:.0%})",
+        }
+        for r in rows
+    ]
+    longest = max((v["ms"] for v in values), default=1.0)
+    base = alt.Chart(alt.Data(values=values)).encode(
+        y=alt.Y("part:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
+        x=alt.X("ms:Q", title="ms of one step", scale=alt.Scale(domain=[0, longest * 1.45], nice=False)),
+    )
+    colours = alt.Scale(domain=[r["label"] for r in rows], range=[PART_COLOURS[r["part"]] for r in rows])
+    bars = base.mark_bar().encode(
+        color=alt.Color("part:N", scale=colours, legend=None),
+        tooltip=[alt.Tooltip("part:N"), alt.Tooltip("ms:Q", format=",.3f"), alt.Tooltip("share:Q", format=".1%")],
+    )
+    labels = base.mark_text(align="left", dx=5).encode(text="text:N")
+    return alt.LayerChart(layer=[bars, labels]).properties(height=alt.Step(26))
+
+
+def error_bars(rows: Sequence[Row]) -> alt.Chart:
+    """Signed error of each compared term in percent, as given (worst first)."""
+    values = [{"term": r["label"], "percent": 100 * r["error"]} for r in rows if r["error"] is not None]
+    return (
+        alt.Chart(alt.Data(values=values))
+        .mark_bar()
+        .encode(
+            y=alt.Y("term:N", sort=None, title=None, axis=alt.Axis(labelLimit=260)),
+            x=alt.X("percent:Q", title="error, %"),
+            color=alt.condition("datum.percent > 0", alt.value("#d9822b"), alt.value("#1f4e8c")),
+            tooltip=[alt.Tooltip("term:N"), alt.Tooltip("percent:Q", format="+.2f")],
+        )
+        .properties(height=alt.Step(22))
+    )

@@ -1,0 +1,5 @@
+"""``python -m zerocast``."""
+
+from zerocast.cli import main
+
+main()

@@ -1,0 +1,117 @@
+"""``zerocast calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from estimator.errors import InputError
+from zerocast.job_flags import json_flag, store_flag
+
+if TYPE_CHECKING:
+    from estimator.job import Gpu
+    from estimator.time.profile import HardwareProfile
+
+
+@click.command(
+    "calibrate",
+    short_help="Measure this machine into a hardware profile.",
+    epilog="Example: zerocast calibrate --budget 60",
+)
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="What to measure.")
+@click.option("--gpu", "gpu_name", metavar="NAME", help="With cuda: the GPU's catalogue name, where it cannot be told.")
+@click.option(
+    "--budget", type=float, default=60.0, show_default=True, metavar="SECONDS", help="About how long to measure."
+)
+@click.option("--effort", default="full", show_default=True, metavar="quick|full", help="How many sizes to measure.")
+@click.option("--workers", metavar="N,N", help="Processes at once, one round each [default: 1,2,4; on a GPU 1].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Profile to write; default: beside the store."
+)
+@store_flag
+@json_flag
+def command(
+    device: str, gpu_name: str | None, budget: float, effort: str, workers: str | None, out: Path | None,
+    store_path: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure matrix products, attention, memory, copies, collectives and the host, and write a profile.
+
+    Forecasts for this machine use the profile beside the store by themselves (--gpu cpu, or the GPU's name), others take
+    it with --profile. An interrupted calibration goes on where it stopped.
+    """
+    from dashboard.profiles import profiles_folder
+    from zerocast.show import say, write_json
+
+    gpu = local_gpu(gpu_name) if device == "cuda" else None
+    path = out or profiles_folder(store_path) / f"{gpu.name if gpu else 'cpu'}.json"
+    profile = run_calibration(path, device=device, budget_s=budget, effort=effort, workers=_counts(workers), gpu=gpu)
+    if as_json:
+        from estimator.time.profile_file import profile_to_dict
+
+        write_json({"path": str(path), "profile": profile_to_dict(profile)})
+        return
+    show_profile(profile)
+    say(f"profile written to {path}")
+
+
+def run_calibration(path: Path, **options: Any) -> HardwareProfile:
+    """``validator.calibrate`` into ``path`` with a progress bar."""
+    from validator.calibrate import calibrate
+    from zerocast.show import progress
+
+    with progress() as bar:
+        task = bar.add_task("calibrating: starting", total=None)
+        return calibrate(
+            out=path,
+            on_progress=lambda what, done, planned: bar.update(
+                task, description=f"calibrating: {what}", completed=done, total=planned
+            ),
+            **options,
+        )
+
+
+def show_profile(profile: HardwareProfile) -> None:
+    """What the machine reaches at best, in a few lines."""
+    from zerocast.show import say
+
+    gpu = profile.gpu
+    if gpu is None:
+        return
+    peaks = ", ".join(f"{dtype} {flops / 1e9:.3g} GFLOP/s" for dtype, flops in sorted(gpu.peak_flops.items()))
+    n_points = sum(
+        len(points) for points in (profile.matmul, profile.attention, profile.bandwidth, profile.collectives)
+    )
+    say(
+        f"{gpu.name}: {peaks}; memory {gpu.memory_bytes_per_s / 1e9:.3g} GB/s; link {gpu.link_bytes_per_s / 1e9:.3g} GB/s"
+    )
+    say(f"{n_points} points of operators and collectives, {profile.date}")
+
+
+def local_gpu(name: str | None) -> Gpu:
+    """The catalogue's description of this machine's GPU."""
+    import torch
+
+    from estimator import catalog
+    from zerocast.commands.measure import catalogue_name
+
+    if name is None and torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+        name = catalogue_name(device)
+        if name is None:
+            raise InputError(
+                f"--gpu is not given and {device!r} is not in the catalogue; allowed: {', '.join(catalog.gpu_names())}"
+            )
+    if name is None:
+        raise InputError("--device is 'cuda', but torch sees no GPU on this machine; allowed: cpu")
+    return catalog.gpu(name)
+
+
+def _counts(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--workers is {text!r}; allowed: whole numbers with commas, e.g. 1,2") from None

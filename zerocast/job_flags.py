@@ -1,0 +1,146 @@
+"""The flags that describe a job: the same names, in the same order, on every command."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from estimator.errors import InputError
+
+if TYPE_CHECKING:
+    from estimator.job import Job
+    from estimator.time.profile import HardwareProfile
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
+    ("--model", str, "NAME|PATH", "Catalogue name, or a Hugging Face config.json or its folder."),
+    ("--gpu", str, "NAME", "GPU of the catalogue, e.g. h100-sxm."),
+    ("--gpus", int, "N", "Number of GPUs."),
+    ("--gpus-per-node", int, "N", "GPUs in one server."),
+    ("--zero", int, "0|1|2|3", "ZeRO stage."),
+    ("--offload", str, "none|optimizer|optimizer,param", "What lives in host memory."),
+    ("--recompute", str, "none|selective|full", "Activations recomputed in the backward pass."),
+    ("--dtype", str, "fp32|fp16|bf16", "Dtype of parameters, activations and gradients."),
+    ("--tp", int, "N", "Tensor-parallel size."),
+    ("--pp", int, "N", "Pipeline-parallel size."),
+    ("--cp", int, "N", "Context-parallel size."),
+    ("--ep", int, "N", "Expert-parallel size."),
+    ("--seq-len", int, "N", "Tokens per sequence."),
+    ("--micro-batch", int, "N", "Sequences per GPU and pass."),
+    ("--global-batch", int, "N", "Sequences per optimizer step over all GPUs."),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFlags:
+    """What the user typed: a job file, or single flags (those not given are absent)."""
+
+    file: Path | None
+    given: dict[str, Any]
+
+    def job(self, local: HardwareProfile | None = None, **defaults: Any) -> Job:
+        """The job that the file or the flags describe.
+
+        ``local`` is a profile of this machine: what the GPU name ``cpu`` means. ``defaults`` are flags taken when the
+        user gave neither them nor a file. Raises ``InputError``.
+        """
+        place: dict[str, Any] = {"local_gpu": local.gpu, "local_host": local.host} if local else {}
+        if self.file is None:
+            from estimator.job.options import JobOptions, build_job
+
+            flags = {**defaults, **self.given}
+            for name, example in (("model", "llama-3-8b"), ("gpu", "h100-sxm")):
+                if name not in flags:
+                    raise InputError(
+                        f"--{name} is not given; allowed: a name such as {example!r}, or a whole job with --job FILE"
+                    )
+            return build_job(JobOptions(**flags), **place)
+        if self.given:
+            flag = "--" + next(iter(self.given)).replace("_", "-")
+            raise InputError(f"--job and {flag} are both given; allowed: a job file alone, or flags alone")
+        from estimator.job.files import load_job
+
+        return load_job(self.file, **place)
+
+
+def job_and_profile(
+    flags: JobFlags, profile_path: Path | None, store_path: Path | None = None, **defaults: Any
+) -> tuple[Job, HardwareProfile | None]:
+    """The job, and the profile that its forecast uses.
+
+    That is the profile at ``profile_path``; else the newest one beside the store that was measured on the job's GPU;
+    else ``None``, the shipped curves. ``defaults`` as in ``JobFlags.job``.
+    """
+    from dashboard.profiles import local_machine, profile_of, profiles_beside
+
+    chosen = load_profile(profile_path)
+    profiles = [chosen] if chosen else profiles_beside(store_path)
+    job = flags.job(local_machine(profiles), **defaults)
+    return job, chosen or profile_of(job.cluster.gpu.name, profiles)
+
+
+def job_flags(function: F) -> F:
+    """Adds the job's flags; the command receives them as one ``flags: JobFlags``."""
+
+    def collect(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
+        given = ctx.meta.setdefault("zerocast.job_flags", {})
+        if value is not None and _param.name:
+            given[_param.name] = value
+
+    @functools.wraps(function)
+    def run(*args: Any, job_file: Path | None, **kwargs: Any) -> Any:
+        given = click.get_current_context().meta.get("zerocast.job_flags", {})
+        return function(*args, flags=JobFlags(file=job_file, given=dict(given)), **kwargs)
+
+    wrapped: Any = click.option(
+        "--job", "job_file", type=click.Path(path_type=Path), metavar="FILE", help="TOML or JSON with the whole job."
+    )(run)
+    for name, kind, metavar, text in reversed(_FLAGS):
+        wrapped = click.option(name, type=kind, metavar=metavar, help=text, expose_value=False, callback=collect)(
+            wrapped
+        )
+    return wrapped  # type: ignore[no-any-return]
+
+
+def json_flag(function: F) -> F:
+    """Adds ``--json``; the command receives ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON (bytes, seconds) instead of tables.")(
+        function
+    )
+
+
+def profile_flag(function: F) -> F:
+    """Adds ``--profile``; the command receives the path, to be loaded with ``load_profile``."""
+    return click.option(
+        "--profile",
+        "profile_path",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Hardware profile written by 'zerocast calibrate'.",
+    )(function)
+
+
+def load_profile(path: Path | None) -> HardwareProfile | None:
+    """The profile at ``path``; ``None`` when no path was given (the shipped curves are used)."""
+    if path is None:
+        return None
+    from estimator.time.profile_file import load_profile as load
+
+    return load(path)
+
+
+def store_flag(function: F) -> F:
+    """Adds ``--store``; the command receives ``store_path`` (``None``: the user's own store)."""
+    return click.option(
+        "--store",
+        "store_path",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Record store; default ~/.zerocast/records.db, or under $ZEROCAST_HOME.",
+    )(function)
