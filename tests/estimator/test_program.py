@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from estimator.catalog import model
 from estimator.job import ModelSpec, Strategy
-from estimator.schedule.events import Accumulate, Alloc, Collective, Compute, Copy, Free, GradNorm, StepProgram, Update, Wait
+from estimator.schedule.events import (
+    Accumulate,
+    Alloc,
+    Collective,
+    Compute,
+    Copy,
+    Free,
+    GradNorm,
+    StepProgram,
+    Update,
+    Wait,
+)
 from estimator.schedule.program import build_program
 from estimator.sharding.layout import Layout, make_layout
 from estimator.sharding.units import model_units

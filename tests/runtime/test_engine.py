@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from estimator.errors import InputError
 from estimator.job import Strategy
 from estimator.report import TIME_PARTS
-from runtime import OptimizerConfig, initialize
+from runtime import Engine, OptimizerConfig, initialize
 from runtime.models import Decoder
 from runtime.optimizer import LossScaler
 from runtime.session import SessionOptions, run_session
 from tests.runtime import tiny
 
 
-def engine_of(strategy: Strategy, n: int = 1):  # noqa: ANN201
+def engine_of(strategy: Strategy, n: int = 1) -> Engine:
     model = Decoder(tiny.GPT)
     model.reset_parameters(0)
     return initialize(model=model, strategy=strategy, n_micro_batches=n, optimizer=OptimizerConfig(lr=1e-2))
@@ -30,10 +30,10 @@ def tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def test_calls_out_of_order_are_refused() -> None:
     engine = engine_of(Strategy(dtype="fp32"))
-    with pytest.raises(RuntimeError, match="engine.step was called where engine.forward is due"):
+    with pytest.raises(RuntimeError, match=r"engine\.step was called where engine\.forward is due"):
         engine.step()
     loss = engine(*tokens())
-    with pytest.raises(RuntimeError, match="where engine.backward is due"):
+    with pytest.raises(RuntimeError, match=r"where engine\.backward is due"):
         engine(*tokens())
     engine.backward(loss)
     assert engine.step()
@@ -102,7 +102,9 @@ def test_a_convolutional_network_trains_as_in_plain_pytorch(offload: str) -> Non
     trained.load_state_dict(plain.state_dict())
     config = OptimizerConfig(lr=1e-2, eps=1e-5)
     engine = initialize(
-        model=trained, strategy=Strategy(dtype="fp32", offload=offload, grad_clip=0.0), optimizer=config  # type: ignore[arg-type]
+        model=trained,
+        strategy=Strategy(dtype="fp32", offload=offload, grad_clip=0.0),
+        optimizer=config,  # type: ignore[arg-type]
     )
     adam = torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-5, weight_decay=0.01, fused=True)
     for _ in range(5):
@@ -127,7 +129,9 @@ class WrongOrder(ConvNet):
 
 def test_units_that_run_in_another_order_are_an_error() -> None:
     engine = initialize(model=WrongOrder(), strategy=Strategy(dtype="fp32"))
-    with pytest.raises(RuntimeError, match=r"the model ran forward of stages.1 where its program has forward of stages.0"):
+    with pytest.raises(
+        RuntimeError, match=r"the model ran forward of stages.1 where its program has forward of stages.0"
+    ):
         engine(torch.randn(2, 1, 8, 8))
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from estimator.units import MIB
 from runtime import functional
 from validator.calibrate.tasks import Task
 
@@ -31,8 +34,8 @@ def prepare(task: Task, device: str) -> Prepared:
     dtype = TORCH_DTYPES[task.dtype]
     if task.kind == "matmul":
         m, n, k = task.sizes
-        x, w = _data((m, k), device, dtype), _data((n, k), device, dtype)
-        return Prepared(lambda: F.linear(x, w), 2.0 * m * n * k)
+        x, weights = _data((m, k), device, dtype), _cold_weights(n, k, device, dtype)
+        return Prepared(lambda: F.linear(x, next(weights)), 2.0 * m * n * k)
     if task.kind == "attention":
         return _attention(task, device, dtype)
     if task.kind == "bandwidth":
@@ -42,6 +45,21 @@ def prepare(task: Task, device: str) -> Prepared:
     if task.kind == "collective":
         return _collective(task, dtype)
     return _host(task, device)
+
+
+_COLD_BYTES = 96 * MIB
+"""More than a last-level cache holds: a layer's weights come from memory, those of all others having passed since."""
+
+
+def _cold_weights(n: int, k: int, device: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """``[n, k]`` weights in turn, enough of them that none is still in a cache when it comes round again."""
+    pool = _pool(max(_COLD_BYTES // dtype.itemsize, n * k), device, dtype)
+    return itertools.cycle(pool[: pool.numel() // (n * k) * n * k].view(-1, n, k).unbind())
+
+
+@lru_cache(maxsize=4)
+def _pool(numel: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    return _data((numel,), device, dtype)
 
 
 def _data(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> torch.Tensor:
