@@ -12,18 +12,16 @@ from dashboard.charts import memory_bar, time_bars
 from dashboard.data import memory_rows, memory_table, needed_bytes, strategy_rows, strategy_table, time_rows
 from dashboard.profiles import local_machine, profile_of, profiles_beside
 from estimator.catalog import gpu_names, model_names
-from estimator.job import Job
 from estimator.job.options import JobOptions, build_job
 from estimator.job.strategy import Dtype, Offload, Recompute
-from estimator.plan import PlanQuestion, plan
-from estimator.plan.question import OFFLOADS, STAGES
+from estimator.plan import alternatives
+from estimator.plan.question import STAGES
 from estimator.predict import predict
 from estimator.time.profile_file import load_profile
 from estimator.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from estimator.report import StepReport
-    from estimator.time.profile import HardwareProfile
 
 OWN_CONFIG = "a config.json of mine ..."
 DEFAULT_MODEL, DEFAULT_GPU = "llama-3-8b", "h100-sxm"
@@ -51,7 +49,7 @@ def forecast_tab(store_path: Path | None, profile_path: Path | None) -> None:
         st.subheader("Memory by category")
         st.dataframe(memory_table(memory_rows(report)), hide_index=True, width="stretch")
     st.subheader("Every ZeRO stage and offload for this job")
-    table = strategy_table(strategy_rows(_alternatives(job, profile)))
+    table = strategy_table(strategy_rows(alternatives(job, profile)))
     st.dataframe(table, hide_index=True, width="stretch", height=ROW_PIXELS * (len(table) + 1) + 2)
     if report.notes:
         with st.expander(f"Where the numbers come from ({len(report.notes)} notes)"):
@@ -88,23 +86,6 @@ def _controls(measured_gpus: Sequence[str]) -> JobOptions:
 
 def _index(names: Any, wanted: str) -> int:
     return list(names).index(wanted) if wanted in names else 0
-
-
-def _alternatives(job: Job, profile: HardwareProfile | None) -> list[StepReport]:
-    """Reports of every stage and offload with the job's own recompute and micro-batch."""
-    question = PlanQuestion(
-        model=job.model,
-        cluster=job.cluster,
-        seq_len=job.workload.seq_len,
-        global_batch_size=job.workload.global_batch_size,
-        base=job.strategy,
-        zero_stages=STAGES,
-        offloads=OFFLOADS,
-        recomputes=(job.strategy.recompute,),
-        micro_batch_sizes=(job.workload.micro_batch_size,),
-    )
-    result = plan(question, profile)
-    return [c.report for c in result.ranked] + [r.report for r in result.rejected if r.report]
 
 
 def _key_figures(report: StepReport) -> None:

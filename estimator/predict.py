@@ -135,6 +135,7 @@ def _report(
         category_bytes_at_peak=memory.category_bytes_at_peak,
         category_peak_bytes=memory.category_peak_bytes,
         phase_peak_bytes=memory.phase_peak_bytes,
+        phase_category_bytes=memory.phase_category_bytes,
         host_bytes=memory.host_peak_bytes,
         pinned_bytes=memory.host_peak_bytes if gpu.arch != "cpu" else 0,
         step_s=time.step_s,

@@ -43,6 +43,8 @@ class StepReport:
     category_peak_bytes: dict[str, int] = field(default_factory=dict)
     """Each category's own maximum over the step."""
     phase_peak_bytes: dict[str, int] = field(default_factory=dict)
+    phase_category_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Live bytes by category at each phase's own peak; ``init`` is what lives from step to step."""
     host_bytes: int | None = None
     """Host memory of this rank's offloaded buffers at their peak."""
     pinned_bytes: int | None = None

@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from estimator.memory.reader import StepMemory
 from estimator.schedule.events import Buffer
 
 UNDECIDED = "undecided"
@@ -33,20 +34,6 @@ class _Block:
     category: str
     host: bool
     scope: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class LedgerReport:
-    """Device bytes of one step at their peak, by category, phase and place; host bytes at theirs."""
-
-    peak_bytes: int
-    peak_phase: str
-    peak_where: str
-    category_bytes_at_peak: dict[str, int]
-    category_peak_bytes: dict[str, int]
-    phase_peak_bytes: dict[str, int]
-    host_peak_bytes: int
-    host_category_peak_bytes: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -182,7 +169,7 @@ class Ledger(TorchDispatchMode):
         """Forget the past; what is live now is the baseline of the step that begins."""
         self._log = _Log(start=[*self._live.values(), *self._held.values()], phase=self._log.phase)
 
-    def report(self) -> LedgerReport:
+    def report(self) -> StepMemory:
         """Peaks since ``start_step``. Only device bytes count towards the peak."""
         live: dict[str, int] = {}
         host: dict[str, int] = {}
@@ -192,11 +179,13 @@ class Ledger(TorchDispatchMode):
         total, host_total = sum(live.values()), sum(host.values())
         peak, host_peak, at_peak = total, host_total, dict(live)
         phase, where = peak_phase, peak_where = self._log.phase
-        category_peak, host_category_peak, phase_peak = dict(live), dict(host), {phase: total}
+        category_peak, host_category_peak = dict(live), dict(host)
+        phase_peak, phase_categories = {"init": total, phase: total}, {"init": dict(live), phase: dict(live)}
         for entry in self._log.entries:
             if isinstance(entry[0], str):
                 phase, where = entry  # type: ignore[assignment]
-                phase_peak[phase] = max(phase_peak.get(phase, 0), total)
+                if total > phase_peak.get(phase, 0):
+                    phase_peak[phase], phase_categories[phase] = total, dict(live)
                 continue
             block, delta = entry
             side, side_peak = (host, host_category_peak) if block.host else (live, category_peak)
@@ -208,16 +197,20 @@ class Ledger(TorchDispatchMode):
                 host_peak = max(host_peak, host_total)
                 continue
             total += delta  # type: ignore[operator]
-            phase_peak[phase] = max(phase_peak.get(phase, 0), total)
+            if total > phase_peak.get(phase, 0):
+                phase_peak[phase], phase_categories[phase] = total, dict(live)
             if total > peak:
                 peak, at_peak, peak_phase, peak_where = total, dict(live), phase, where
-        return LedgerReport(
+        return StepMemory(
             peak_bytes=peak,
             peak_phase=peak_phase,
             peak_where=peak_where,
             category_bytes_at_peak={k: v for k, v in at_peak.items() if v},
             category_peak_bytes={k: v for k, v in category_peak.items() if v},
             phase_peak_bytes=phase_peak,
+            phase_category_bytes={
+                phase: {k: v for k, v in held.items() if v} for phase, held in phase_categories.items()
+            },
             host_peak_bytes=host_peak,
             host_category_peak_bytes={k: v for k, v in host_category_peak.items() if v},
         )

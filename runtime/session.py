@@ -11,10 +11,11 @@ import torch
 
 from estimator.errors import InputError
 from estimator.job.job import Job
+from estimator.memory.reader import StepMemory
 from runtime.context import input_memory, metered_by
 from runtime.engine import Engine, initialize
 from runtime.host_memory import keep_freed_memory
-from runtime.ledger import Ledger, LedgerReport
+from runtime.ledger import Ledger
 from runtime.models import Decoder
 from runtime.optimizer import OptimizerConfig
 
@@ -44,6 +45,7 @@ class Measurement:
     category_bytes_at_peak: dict[str, int] = field(default_factory=dict)
     category_peak_bytes: dict[str, int] = field(default_factory=dict)
     phase_peak_bytes: dict[str, int] = field(default_factory=dict)
+    phase_category_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     host_bytes: int | None = None
     pinned_bytes: int | None = None
     step_seconds: tuple[float, ...] = ()
@@ -87,6 +89,7 @@ def run_session(
         category_bytes_at_peak=report.category_bytes_at_peak if report else {},
         category_peak_bytes=report.category_peak_bytes if report else {},
         phase_peak_bytes=report.phase_peak_bytes if report else {},
+        phase_category_bytes=report.phase_category_bytes if report else {},
         host_bytes=report.host_peak_bytes if report else None,
         pinned_bytes=(report.host_peak_bytes if device == "cuda" else 0) if report else None,
         step_seconds=tuple(seconds),
@@ -158,7 +161,7 @@ def _timed_steps(
     return seconds, parts, losses
 
 
-def _metered_step(engine: Engine, batches: _Batches, steps: int) -> LedgerReport:
+def _metered_step(engine: Engine, batches: _Batches, steps: int) -> StepMemory:
     """Live bytes of a step in steady state."""
     ledger = Ledger()
     with metered_by(ledger):

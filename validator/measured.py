@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from estimator.job.files import job_to_dict
+from estimator.predict import model_flops_of
 from estimator.report import StepReport
 from estimator.units import format_bytes
 from validator.case import Case
@@ -57,6 +58,8 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
     steps = slowest_steps(results)
     step_s = statistics.median(steps) if steps else None
     capacity = job.cluster.gpu.memory_bytes if case.backend == "fake" else worst.capacity_bytes
+    model_flops, again_flops = model_flops_of(job)
+    peak_flops = job.cluster.n_gpus * job.cluster.gpu.peak_flops[job.strategy.dtype]
     fits, explanation = _verdict(case, worst.peak_bytes, capacity)
     return StepReport(
         origin=case.backend,
@@ -71,6 +74,7 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
         category_bytes_at_peak=dict(memory["category_bytes_at_peak"]),
         category_peak_bytes=dict(memory["category_peak_bytes"]),
         phase_peak_bytes=dict(memory["phase_peak_bytes"]),
+        phase_category_bytes=dict(memory["phase_category_bytes"]),
         host_bytes=memory["host_bytes"],
         pinned_bytes=memory["pinned_bytes"],
         step_s=step_s,
@@ -79,6 +83,9 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
         step_spread_s=interquartile_range(steps),
         time_parts_s=dict(first["part_seconds"]),
         tokens_per_s=job.workload.global_batch_size * job.workload.seq_len / step_s if step_s else None,
+        model_flops=model_flops,
+        mfu=model_flops / step_s / peak_flops if step_s else None,
+        hfu=(model_flops + again_flops) / step_s / peak_flops if step_s else None,
         collective_bytes=dict(memory["collective_bytes"]),
         collective_calls=dict(memory["collective_calls"]),
         copy_bytes=dict(memory["copy_bytes"]),

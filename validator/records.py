@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from estimator.errors import InputError, invalid, unknown_choice
 from estimator.report import StepReport
 
-_AS_JSON = ("job", "provenance", "notes")
+_AS_JSON = ("job", "phase_category_bytes", "provenance", "notes")
 """Fields that a table holds as JSON text; a field of numbers by name becomes one column per name."""
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dashboard.data import Row, compared_table, memory_rows, needed_bytes, quantity, strategy_rows, time_rows
+from estimator.report import PHASES
 from estimator.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -111,11 +112,22 @@ def show_report(report: StepReport, title: str) -> None:
 
 
 def show_memory(report: StepReport) -> None:
-    """Memory by category at the peak, the peak's place, and the verdict."""
-    rows = [(r["label"], bytes_cell(r["at_peak_bytes"]), bytes_cell(r["own_peak_bytes"])) for r in memory_rows(report)]
+    """Memory by category at the peak and at the peak of each phase, the peak's place, and the verdict."""
+    phases = [phase for phase in PHASES if phase in report.phase_category_bytes]
+    known = memory_rows(report)
+
+    def cells(values: Iterable[int]) -> list[str]:
+        return [bytes_cell(value) if value else "" for value in values]
+
+    rows = []
+    for row in known:
+        by_phase = (report.phase_category_bytes[phase].get(row["category"], 0) for phase in phases)
+        rows.append((row["label"], *cells([row["at_peak_bytes"], *by_phase])))
     if rows:
-        rows.append(("together", bytes_cell(sum(r["at_peak_bytes"] for r in memory_rows(report))), ""))
-    table("Memory of one GPU", [("category", "left"), ("at the peak", "right"), ("its own peak", "right")], rows)
+        sums = (sum(report.phase_category_bytes[phase].values()) for phase in phases)
+        rows.append(("together", *cells([sum(r["at_peak_bytes"] for r in known), *sums])))
+    names = ["between steps" if phase == "init" else phase for phase in phases]
+    table("Memory of one GPU", [("category", "left"), ("at the peak", "right"), *((n, "right") for n in names)], rows)
     place = f", reached in {report.peak_where or report.peak_phase}" if report.peak_where or report.peak_phase else ""
     say(f"peak of live tensors {bytes_cell(report.peak_allocated_bytes)}{place}")
     needed = needed_bytes(report)

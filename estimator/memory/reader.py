@@ -21,6 +21,8 @@ class StepMemory:
     category_bytes_at_peak: dict[str, int]
     category_peak_bytes: dict[str, int]
     phase_peak_bytes: dict[str, int]
+    phase_category_bytes: dict[str, dict[str, int]]
+    """Live bytes by category at each phase's own peak; ``init`` is what lives from step to step."""
     host_peak_bytes: int
     host_category_peak_bytes: dict[str, int]
 
@@ -60,6 +62,7 @@ class _Reader:
         self.device, self.host = _Meter(), _Meter()
         self.phase, self.where = "init", "start"
         self.phase_peak: dict[str, int] = {}
+        self.phase_categories: dict[str, dict[str, int]] = {}
         self.at: tuple[str, str] = ("init", "start")
         self._terms = {
             id(memory): (
@@ -76,7 +79,7 @@ class _Reader:
         for buffer in buffers:
             self.device.add(buffer.category, buffer.n_bytes)
         self._events(program.init)
-        self.phase_peak.clear()
+        self._look(self.device.total, ())
         self._mark("forward", "start of the step")
         for section in program.step:
             if section.name == "optimizer":
@@ -93,6 +96,9 @@ class _Reader:
             category_bytes_at_peak={k: v for k, v in device.peak.items() if v},
             category_peak_bytes={k: v for k, v in device.category_peak.items() if v},
             phase_peak_bytes=self.phase_peak,
+            phase_category_bytes={
+                phase: {k: v for k, v in held.items() if v} for phase, held in self.phase_categories.items()
+            },
             host_peak_bytes=host.peak_total,
             host_category_peak_bytes={k: v for k, v in host.category_peak.items() if v},
         )
@@ -103,15 +109,18 @@ class _Reader:
 
     def _look(self, total: int, extra: Sequence[tuple[str, int]]) -> None:
         """Compare the device's ``total`` (``extra`` included) with the largest so far."""
-        if total > self.phase_peak.get(self.phase, 0):
-            self.phase_peak[self.phase] = total
+        if total <= self.phase_peak.get(self.phase, 0):
+            return
         device = self.device
+        held = dict(device.live)
+        for category, n_bytes in extra:
+            held[category] = held.get(category, 0) + n_bytes
+        self.phase_peak[self.phase] = total
+        self.phase_categories[self.phase] = held
         if total > device.peak_total:
             device.peak_total = total
+            device.peak = held
             self.at = (self.phase, self.where)
-            device.peak = dict(device.live)
-            for category, n_bytes in extra:
-                device.peak[category] = device.peak.get(category, 0) + n_bytes
 
     def _events(self, events: Sequence[Event]) -> None:
         device, host, look = self.device, self.host, self._look

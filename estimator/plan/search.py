@@ -105,6 +105,21 @@ def plan(
     return PlanResult(ranked=tuple(ranked), rejected=tuple(rejected))
 
 
+def alternatives(job: Job, profile: HardwareProfile | None = None) -> list[StepReport]:
+    """``job`` under every ZeRO stage and offload, all else equal: what fits first, by throughput."""
+    question = PlanQuestion(
+        model=job.model,
+        cluster=job.cluster,
+        seq_len=job.workload.seq_len,
+        global_batch_size=job.workload.global_batch_size,
+        base=job.strategy,
+        recomputes=(job.strategy.recompute,),
+        micro_batch_sizes=(job.workload.micro_batch_size,),
+    )
+    result = plan(question, profile)
+    return [c.report for c in result.ranked] + [r.report for r in result.rejected if r.report]
+
+
 def _try(
     question: PlanQuestion, strategy: Strategy, micro_batch_size: int, profile: HardwareProfile | None
 ) -> Candidate | Rejection:

@@ -35,6 +35,7 @@ class Measurement:
     category_bytes_at_peak: dict[str, int]
     category_peak_bytes: dict[str, int]
     phase_peak_bytes: dict[str, int]
+    phase_category_bytes: dict[str, dict[str, int]]
     host_bytes: int
     pinned_bytes: int
     step_seconds: tuple[float, ...]
@@ -70,7 +71,7 @@ def run_session(
     live = {"params": 100 + rank}
     return Measurement(
         peak_allocated_bytes=100 + rank, peak_phase="forward", peak_where=f"rank {rank}", category_bytes_at_peak=live,
-        category_peak_bytes=live, phase_peak_bytes={"forward": 100 + rank}, host_bytes=0, pinned_bytes=0,
+        category_peak_bytes=live, phase_peak_bytes={"forward": 100 + rank}, phase_category_bytes={"forward": live}, host_bytes=0, pinned_bytes=0,
         step_seconds=tuple((1.0 + step) * (2 if rank == step % 2 else 1) for step in range(steps)),
         part_seconds={"forward": 0.5 + rank} if steps else {}, collective_bytes={"all_gather": 64},
         collective_calls={"all_gather": 1}, copy_bytes={}, losses=(2.0, 1.0) if steps else (),

@@ -291,7 +291,7 @@ def test_live_bytes_above_the_capacity_do_not_fit(make_job):
     session = {
         "step_seconds": (), "part_seconds": {}, "losses": (),
         "peak_allocated_bytes": 177, "peak_phase": "forward", "peak_where": "embed", "category_bytes_at_peak": {"params": 177},
-        "category_peak_bytes": {"params": 177}, "phase_peak_bytes": {"forward": 177}, "host_bytes": 0, "pinned_bytes": 0,
+        "category_peak_bytes": {"params": 177}, "phase_peak_bytes": {"forward": 177}, "phase_category_bytes": {"forward": {"params": 177}}, "host_bytes": 0, "pinned_bytes": 0,
         "collective_bytes": {}, "collective_calls": {}, "copy_bytes": {},
     }  # fmt: skip
     result = RankResult(rank=0, session=session)

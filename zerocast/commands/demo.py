@@ -103,20 +103,9 @@ def command(fresh: bool, store_path: Path | None, as_json: bool) -> None:
 def forecast_grid() -> list[StepReport]:
     """The example job under every stage and offload."""
     from estimator.job.options import JobOptions, build_job
-    from estimator.plan import PlanQuestion, plan
+    from estimator.plan import alternatives
 
-    job = build_job(JobOptions(**FORECAST))  # type: ignore[arg-type]
-    question = PlanQuestion(
-        model=job.model,
-        cluster=job.cluster,
-        seq_len=job.workload.seq_len,
-        global_batch_size=job.workload.global_batch_size,
-        base=job.strategy,
-        recomputes=(job.strategy.recompute,),
-        micro_batch_sizes=(job.workload.micro_batch_size,),
-    )
-    result = plan(question)
-    return [c.report for c in result.ranked] + [r.report for r in result.rejected if r.report]
+    return alternatives(build_job(JobOptions(**FORECAST)))  # type: ignore[arg-type]
 
 
 def this_device() -> Device:
