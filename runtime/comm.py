@@ -16,7 +16,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Communicator:
     """Starts collectives; every call and its full (unsharded) bytes are counted from the tensors themselves.
 
-    On NCCL parameter gathers and gradient reductions use process groups, and so streams, of their own.
+    On NCCL parameter gathers and gradient reductions use process groups, and so streams, of their own. Over torch's fake
+    group one process plays one rank of many: results are then filled from its own shard (zeros or garbage would make
+    kernels run faster), so that everything but the network is real.
     """
 
     def __init__(self) -> None:
@@ -24,6 +26,7 @@ class Communicator:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._gather_group: Any = None
         self._reduce_group: Any = None
+        self._virtual = self.size > 1 and dist.get_backend() == "fake"
         if self.size > 1 and dist.get_backend() == "nccl":
             self._gather_group, self._reduce_group = dist.new_group(), dist.new_group()
         self.bytes: Counter[str] = Counter()
@@ -36,15 +39,21 @@ class Communicator:
     def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
         """``full`` becomes the shards of all ranks in rank order; ``shard`` may be its own slice of ``full``."""
         self._count("all_gather", full)
+        if self._virtual and not full.is_meta:
+            _repeat(shard, full)
         return _all_gather(full, shard, group=self._gather_group, async_op=True)
 
     def gather_now(self, full: Tensor, shard: Tensor) -> None:
         """An all-gather outside of any step: waited for, not counted."""
+        if self._virtual and not full.is_meta:
+            _repeat(shard, full)
         _all_gather(full, shard)
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
         """``shard`` becomes this rank's slice of the sum over ranks; it may be that slice of ``full``."""
         self._count("reduce_scatter", full)
+        if self._virtual and not full.is_meta and shard.data_ptr() != full[self.rank * shard.numel() :].data_ptr():
+            shard.copy_(full[self.rank * shard.numel() :][: shard.numel()])
         return _reduce_scatter(shard, full, group=self._reduce_group, async_op=True)
 
     def all_reduce(self, tensor: Tensor) -> dist.Work:
@@ -55,3 +64,15 @@ class Communicator:
     def start_step(self) -> None:
         self.bytes.clear()
         self.calls.clear()
+
+
+def _repeat(shard: Tensor, full: Tensor) -> None:
+    """Every slice of ``full`` becomes ``shard``, which may be one of them."""
+    rows = full.view(-1, shard.numel())
+    inside = shard.data_ptr() - full.data_ptr()
+    own = inside // (shard.numel() * shard.element_size()) if 0 <= inside < full.numel() * full.element_size() else 0
+    if rows[own].data_ptr() == shard.data_ptr():
+        rows[:own].copy_(shard)
+        rows[own + 1 :].copy_(shard)
+    else:
+        rows.copy_(shard)

@@ -30,6 +30,7 @@ class Durations:
         per_node = max(1, cluster.gpus_per_node // strategy.model_parallel)
         self.network = CollectiveTimer(cluster, profile, job.dp, per_node, strategy.dtype)
         self.is_cpu = self.ops.is_cpu
+        self.overlap = profile.host_point(self.workers).overlap if self.is_cpu else 1.0
         self.issue_s = 0.0 if self.is_cpu else self.ops.host_op_s
         self._passes: dict[tuple[int, str], tuple[PassTime, ...]] = {}
         self._copies: dict[tuple[str, int], float] = {}

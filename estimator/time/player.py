@@ -9,8 +9,8 @@ Time is told from the compute stream: while it works, the time belongs to the pa
 waits for (and, before that began, to what held that up); while it waits for a kernel to be issued, to the kernel's pass.
 So the parts add up to the step.
 
-On a CPU (``gpu.arch == "cpu"``) all streams are one clock: collectives run on the same cores as arithmetic, so
-nothing overlaps and waits cost nothing.
+On a CPU (``gpu.arch == "cpu"``) copies and arithmetic are one clock. Collectives run in threads of their own on the same
+cores: arithmetic hides the share of them that calibration measured (``HostPoint.overlap``), the rest takes its time.
 
 Sections repeat: an iteration maps the clocks to new clocks by additions and maxima only. Once two iterations advance
 every clock by the same amounts, the last iteration is played from the clocks that this advance would lead to; if it
@@ -44,6 +44,7 @@ from estimator.time.profile import HardwareProfile
 STREAMS = ("compute", "gather", "reduce", "h2d", "d2h", "host")
 _INDEX = {name: i for i, name in enumerate(STREAMS)}
 _HOST = _INDEX["host"]
+_COLLECTIVE_STREAMS = (_INDEX["gather"], _INDEX["reduce"])
 _WORK, _PASS, _WAIT, _HOST_WORK, _HOST_WAIT = range(5)
 _TOLERANCE = 1e-9
 
@@ -234,22 +235,33 @@ class _Player:
     # ---- running --------------------------------------------------------------------------------------------------
 
     def _run_serial(self, code: list[tuple[Any, ...]]) -> None:
-        """One clock for everything: each piece of work is exposed."""
-        now, parts, busy = self.clocks[0], self.parts, self.busy
+        """One clock, except that the hidden share of a collective runs on its own until it is waited for."""
+        clocks, tags, parts, busy = self.clocks, self.tags, self.parts, self.busy
+        now, overlap = clocks[0], self.durations.overlap
         for step in code:
             kind = step[0]
             if kind == _PASS:
                 seconds, part, stream = step[2], step[1], 0
             elif kind == _WORK:
                 seconds, part, stream = step[2], step[4], step[1]
+                if stream in _COLLECTIVE_STREAMS:
+                    hidden = overlap * seconds
+                    busy[stream] += hidden
+                    seconds -= hidden
+                    clocks[stream] = max(clocks[stream], now + seconds) + hidden
+                    tags[step[5]] = (clocks[stream], clocks[stream] - hidden, part, part)
             elif kind == _HOST_WORK:
                 seconds, part, stream = step[1], step[2], _HOST
             else:
+                record = tags.get(step[-1])
+                if record is not None and record[0] > now:
+                    parts[record[2]] += record[0] - now
+                    now = record[0]
                 continue
             now += seconds
             parts[part] += seconds
             busy[stream] += seconds
-        self.clocks[0] = now
+        clocks[0] = now
 
     def _run(self, code: list[tuple[Any, ...]]) -> None:
         clocks, tags, parts, busy, last_part = self.clocks, self.tags, self.parts, self.busy, self.last_part

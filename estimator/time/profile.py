@@ -105,6 +105,8 @@ class HostPoint(NamedTuple):
     """What backward adds to that per operator."""
     spread: float = 0.0
     source: str = ""
+    overlap: float = 0.0
+    """CPU: share of a collective's seconds that arithmetic hides when both run at once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,15 @@ def build_profile(
         else:
             host.setdefault(workers, {})[name] = (seconds / result["work"], spread)
     host_points = tuple(
-        HostPoint(n, max(1, cores // n), 1.0 / h["adam"][0], h["op"][0], h["autograd_op"][0], h["adam"][1])
+        HostPoint(
+            n,
+            max(1, cores // n),
+            1.0 / h["adam"][0],
+            h["op"][0],
+            h["autograd_op"][0],
+            h["adam"][1],
+            overlap=_overlap(h),
+        )
         for n, h in sorted(host.items())
         if h.keys() >= {"adam", "op", "autograd_op"}
     )
@@ -88,6 +96,14 @@ def build_profile(
             if points
         },
     )  # fmt: skip
+
+
+def _overlap(host: dict[str, tuple[float, float]]) -> float:
+    """Share of an all-reduce that the arithmetic beside it hid: (apart - together) / all-reduce."""
+    if not host.keys() >= {"arithmetic", "all_reduce", "both"}:
+        return 0.0
+    arithmetic_s, all_reduce_s, both_s = (host[name][0] for name in ("arithmetic", "all_reduce", "both"))
+    return round(min(1.0, max(0.0, (arithmetic_s + all_reduce_s - both_s) / all_reduce_s)), 3)
 
 
 def _cpu_as_gpu(

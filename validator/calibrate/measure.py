@@ -157,7 +157,9 @@ def _collective(task: Task, dtype: torch.dtype) -> Prepared:
 
 
 def _host(task: Task, device: str) -> Prepared:
-    """Issuing an operator, what backward adds to it, and elements of one fused fp32 AdamW step on the host."""
+    """Issuing an operator, what backward adds to it, one fused fp32 AdamW step, arithmetic beside an all-reduce."""
+    if task.name in ("arithmetic", "all_reduce", "both"):
+        return _overlapping(task.name)
     if task.name == "adam":
         numel = 1 << 23  # beyond the caches
         param, grad, m, v = (torch.zeros(numel) for _ in range(4))
@@ -184,6 +186,20 @@ def _host(task: Task, device: str) -> Prepared:
     out = forward()
     grad = torch.ones_like(out)
     return Prepared(lambda: torch.autograd.grad(out, x, grad, retain_graph=True), float(chain))
+
+
+def _overlapping(name: str) -> Prepared:
+    """Products that take longer than an 8 MiB all-reduce, that all-reduce, or one behind the other's back."""
+    a, payload = torch.full((512, 512), 0.01), torch.ones(2 * MIB)
+
+    def call() -> None:
+        work = dist.all_reduce(payload.fill_(1.0), async_op=True) if name != "arithmetic" else None
+        for _ in range(16 if name != "all_reduce" else 0):
+            F.linear(a, a)
+        if work is not None:
+            work.wait()
+
+    return Prepared(call, 1.0)
 
 
 def warm_up(device: str, seconds: float) -> None:

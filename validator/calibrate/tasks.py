@@ -96,6 +96,8 @@ def tasks_for(device: Device, workers: int, dtypes: tuple[str, ...], effort: Eff
     ]
     host = [Task("host", name, "fp32") for name in ("op", "autograd_op", "adam")]
     collectives: list[Task] = []
+    if workers > 1 and cpu:
+        host += [Task("host", name, "fp32") for name in ("arithmetic", "all_reduce", "both")]
     if workers > 1:
         sizes = (4 * KIB, MIB) if quick else (4 * KIB, 16 * MIB, MIB, 64 * KIB, 4 * MIB, 64 * MIB, 512 * KIB)
         collectives = [
