@@ -18,6 +18,7 @@ from estimator.schedule.events import Buffer, Collective, Copy, StepProgram
 from estimator.schedule.program import build_program
 from estimator.sharding.layout import Layout, make_layout
 from estimator.sharding.units import model_units
+from estimator.time.interval import note_of
 from estimator.time.player import StepTime, time_of
 from estimator.time.profile import HardwareProfile, profile_for
 from estimator.units import DTYPE_BYTES
@@ -152,13 +153,15 @@ def _report(
         capacity_bytes=gpu.memory_bytes,
         fits=verdict.fits,
         explanation=verdict.sentence if not verdict.fits else f"fits; the step is bound by {time.bound}",
-        notes=(*notes, *_notes(job)),
+        notes=(*notes, *_notes(job, curves)),
         provenance={"profile": curves.name, "profile_origin": curves.origin},
     )
 
 
-def _notes(job: Job) -> tuple[str, ...]:
-    notes = [_NOT_FORECAST] if job.cluster.gpu.arch != "cpu" else []
+def _notes(job: Job, curves: HardwareProfile) -> tuple[str, ...]:
+    notes = [note for note in (note_of(curves),) if note is not None]
+    if job.cluster.gpu.arch != "cpu":
+        notes.append(_NOT_FORECAST)
     if job.zero_stage != job.strategy.zero_stage:
         notes.append(f"one data-parallel GPU leaves nothing to shard: ZeRO {job.strategy.zero_stage} runs as 0")
     if job.cluster.gpu.unsourced:

@@ -39,6 +39,7 @@ from estimator.schedule.events import (
     Wait,
 )
 from estimator.time.durations import Durations
+from estimator.time.interval import interval
 from estimator.time.profile import HardwareProfile
 
 STREAMS = ("compute", "gather", "reduce", "h2d", "d2h", "host")
@@ -62,7 +63,7 @@ class StepTime(NamedTuple):
     step_s: float
     low_s: float
     high_s: float
-    """``step_s`` with every part moved by the profile's spread of its kind, all in the same direction."""
+    """See ``estimator.time.interval``."""
     parts: dict[str, float]
     """Seconds by ``TIME_PARTS``; they add up to ``step_s``."""
     busy_s: dict[str, float]
@@ -81,19 +82,7 @@ def time_of(program: StepProgram, costs: Sequence[UnitCost], job: Job, profile: 
         player.play(section)
     parts, busy = player.finish()
     step_s = sum(parts.values())
-    off = sum(parts[name] * _spread_of(name, profile, job) for name in TIME_PARTS)
-    return StepTime(step_s, max(step_s - off, 0.0), step_s + off, parts, busy, _bound(parts))
-
-
-def _spread_of(part: str, profile: HardwareProfile, job: Job) -> float:
-    kind = {"exposed_gather": "collective", "exposed_reduce": "collective", "exposed_other_comm": "collective"}.get(
-        part
-    )
-    if part == "optimizer":
-        kind = "bandwidth"
-    if part == "offload":
-        kind = "host" if job.strategy.offload_optimizer else "copy"
-    return min(1.0, profile.spread.get(kind or "matmul", 0.0))
+    return StepTime(step_s, *interval(step_s, parts, job, profile), parts, busy, _bound(parts))
 
 
 def _bound(parts: dict[str, float]) -> str:
