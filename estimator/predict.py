@@ -55,7 +55,8 @@ def lay_out(job: Job) -> Blueprint:
     units = model_units(job.model)
     layout, program = _program_of(job.model, job.strategy, job.zero_stage, job.dp, job.n_micro_batches)
     w, dtype = job.workload, job.strategy.dtype
-    shape = Shape(w.micro_batch_size, w.seq_len, dtype, repeats_kv_heads=job.cluster.gpu.arch == "cpu")
+    repeats = dtype == "fp32" or job.cluster.gpu.arch == "cpu"
+    shape = Shape(w.micro_batch_size, w.seq_len, dtype, repeats_kv_heads=repeats)
     costs = unit_costs(job.model, units, shape, job.strategy.recompute)
     table_bytes = 2 * w.seq_len * (job.model.rotary_dim // 2) * DTYPE_BYTES[dtype]
     tables = (Buffer("tables", -1, "workspace", table_bytes),) if table_bytes else ()

@@ -122,19 +122,21 @@ def gated_activate(gate: Tensor, up: Tensor, name: str) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by torch's flash kernels. ``q`` ``[B, S, H, D]``, ``k``, ``v`` ``[B, S, KV, D]``; returns ``q``'s shape.
 
-    The concrete kernel is named on ``meta`` (the composite would take its math path there and keep other tensors)
-    and on the CPU, whose kernel has no grouped-query form: there key and value heads are copied.
+    The kernel is named, not left to torch's choice, because what it keeps for the backward pass is part of the forecast.
+    Flash attention takes fp16 and bf16 and groups of query heads; on the CPU, and for fp32 (which CUDA gives to its
+    memory-efficient kernel), key and value heads are copied to every query head instead.
     """
     groups = q.shape[2] // k.shape[2]
-    if q.device.type == "cpu" and groups > 1:
+    grouped = q.device.type != "cpu" and q.dtype != torch.float32
+    if groups > 1 and not grouped:
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type == "cpu":
         out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
-    elif q.device.type == "meta":
+    elif grouped or q.is_meta:
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
     else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return out.transpose(1, 2)
 
 

@@ -14,7 +14,7 @@ from estimator.errors import InputError, invalid, require_choice, require_int, u
 from estimator.job import Job
 from estimator.job.files import job_from_dict, job_to_dict
 
-Backend = Literal["fake", "cpu", "cuda"]
+Backend = Literal["fake", "cpu", "cuda", "cuda-virtual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +23,22 @@ class Case:
 
     job: Job
     backend: Backend
-    """``fake``: one rank without arithmetic (memory and bytes on the wire); ``cpu``: real steps over gloo; ``cuda``: NCCL."""
+    """``fake``: one rank without arithmetic (memory and bytes on the wire); ``cpu``: real steps over gloo; ``cuda``: NCCL;
+    ``cuda-virtual``: one GPU plays one rank of a job of any size, everything real but the network."""
     steps: int = 8
-    """Measured steps (``cpu``, ``cuda``)."""
+    """Measured steps (all but ``fake``)."""
     warmup: int = 3
     """Steps before them that are thrown away."""
     time_limit_s: float = 600.0
     """The whole case, start-up included, is ended after this long."""
     rank: int = 0
-    """The rank that ``fake`` plays; the other backends run all ranks."""
+    """The rank that ``fake`` or ``cuda-virtual`` plays; the other backends run all ranks."""
     seed: int = 0
     memory_limit_bytes: int | None = None
     """``cpu``: most bytes that one process may hold; ``None``: an equal part of the memory that is free."""
+    metered: bool = True
+    """Whether one further step meters live bytes by category. Its own peak can lie above that of the other steps, so a
+    search for what just fits goes without. ``fake`` always meters."""
 
     def __post_init__(self) -> None:
         require_choice("backend", self.backend, get_args(Backend))
@@ -46,15 +50,29 @@ class Case:
             raise invalid("time_limit_s", limit, "seconds > 0")
         if self.memory_limit_bytes is not None:
             require_int("memory_limit_bytes", self.memory_limit_bytes)
-        if self.backend != "fake" and self.rank:
+        if type(self.metered) is not bool or (self.backend == "fake" and not self.metered):
+            raise invalid("metered", self.metered, "true" if self.backend == "fake" else "true or false")
+        if self.on_cuda and not self.warmup:
+            raise invalid("warmup", 0, f"at least 1 with backend {self.backend!r}: the peak is read from then on")
+        if not self.plays_one_rank and self.rank:
             raise invalid("rank", self.rank, f"0 with backend {self.backend!r}, which runs every rank")
         if self.rank >= self.job.dp:
             raise invalid("rank", self.rank, f"a rank of the {self.job.dp} data-parallel GPUs, 0 to {self.job.dp - 1}")
 
     @property
+    def plays_one_rank(self) -> bool:
+        """Whether one process plays ``rank`` over torch's fake group instead of one process per rank."""
+        return self.backend in ("fake", "cuda-virtual")
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the backend needs a GPU."""
+        return self.backend in ("cuda", "cuda-virtual")
+
+    @property
     def n_processes(self) -> int:
         """Processes that the backend starts."""
-        return 1 if self.backend == "fake" else self.job.dp
+        return 1 if self.plays_one_rank else self.job.dp
 
     @property
     def threads_per_process(self) -> int:
@@ -63,7 +81,8 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{job_label(self.job)} [{self.backend}]"
+        rank = f" rank{self.rank}" if self.rank else ""
+        return f"{job_label(self.job)}{rank} [{self.backend}]"
 
 
 def available_cores() -> int:

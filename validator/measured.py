@@ -59,6 +59,8 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
     step_s = statistics.median(steps) if steps else None
     capacity = job.cluster.gpu.memory_bytes if case.backend == "fake" else worst.capacity_bytes
     model_flops, again_flops = model_flops_of(job)
+    real_network = case.backend != "cuda-virtual" or job.dp == 1
+    job_step_s = step_s if real_network else None  # seconds of the whole job, network included
     peak_flops = job.cluster.n_gpus * job.cluster.gpu.peak_flops[job.strategy.dtype]
     fits, explanation = _verdict(case, worst.peak_bytes, capacity)
     return StepReport(
@@ -82,10 +84,10 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
         step_high_s=max(steps, default=None),
         step_spread_s=interquartile_range(steps),
         time_parts_s=dict(first["part_seconds"]),
-        tokens_per_s=job.workload.global_batch_size * job.workload.seq_len / step_s if step_s else None,
+        tokens_per_s=job.workload.global_batch_size * job.workload.seq_len / job_step_s if job_step_s else None,
         model_flops=model_flops,
-        mfu=model_flops / step_s / peak_flops if step_s else None,
-        hfu=(model_flops + again_flops) / step_s / peak_flops if step_s else None,
+        mfu=model_flops / job_step_s / peak_flops if job_step_s else None,
+        hfu=(model_flops + again_flops) / job_step_s / peak_flops if job_step_s else None,
         collective_bytes=dict(memory["collective_bytes"]),
         collective_calls=dict(memory["collective_calls"]),
         copy_bytes=dict(memory["copy_bytes"]),
@@ -108,7 +110,12 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
 
 
 def _verdict(case: Case, peak_bytes: int | None, capacity_bytes: int | None) -> tuple[bool | None, str | None]:
-    """A case that ran fits. Live bytes of a fake rank can prove that it does not fit, never that it does."""
+    """A case that ran fits. Live bytes of a fake rank can prove that it does not fit, never that it does.
+
+    A rank that ran without its network says only that all but the network's own buffers fit.
+    """
+    if case.backend == "cuda-virtual" and case.job.dp > 1:
+        return None, "it ran without the buffers that the network's library takes"
     if case.backend != "fake":
         return True, None
     if peak_bytes is not None and capacity_bytes is not None and peak_bytes > capacity_bytes:
@@ -121,10 +128,16 @@ def _notes(case: Case, results: Sequence[RankResult]) -> tuple[str, ...]:
         return (f"fake: rank {case.rank} of {case.job.dp} on tensors without data; no time is measured",)
     notes = [
         f"time: median of {case.steps} steps after {case.warmup} for warm-up, slowest rank, memory not metered",
-        "memory: live bytes metered in one further step, which is not timed",
     ]
-    if case.backend == "cuda":
-        notes.append("peak_allocated_bytes is the CUDA allocator's; its categories are the metered ones")
+    if case.backend == "cuda-virtual" and case.job.dp > 1:
+        notes.append(
+            f"cuda-virtual: one GPU plays rank {case.rank} of {case.job.dp}; there is no network: collectives fill their "
+            "results from the rank's own shard, so step_s holds no communication and no rate of the whole job is given"
+        )
+    if case.metered:
+        notes.append("memory: live bytes metered in one further step, which is not timed")
+    if case.on_cuda:
+        notes.append("peak_allocated_bytes is the CUDA allocator's over the timed steps; its categories are the metered ones")
     if len(results) > 1:
         notes.append("memory of the rank with the largest peak; time parts of rank 0")
     return tuple(notes)

@@ -123,9 +123,9 @@ def measure_many(cases: Sequence[Case], store: Store, on_progress: OnProgress | 
 
 
 def _recorded(case: Case, store: Store) -> StepReport | None:
-    """The newest record of ``case``, if there is one; on ``fake`` of its rank."""
+    """The newest record of ``case``, if there is one; of its rank where one is played."""
     reports = store.reports(job_key=case.job.key, origin=case.backend)
-    of_rank = [r for r in reports if case.backend != "fake" or r.rank == case.rank]
+    of_rank = [r for r in reports if not case.plays_one_rank or r.rank == case.rank]
     return of_rank[0] if of_rank else None
 
 
@@ -219,8 +219,12 @@ def _result(case: Case, status: int, out: Path, log: Path, kills_before: int | N
         by_kind.setdefault(failure["kind"], failure)
     if "out_of_memory" in by_kind:
         failure = by_kind["out_of_memory"]
-        what = f"rank {failure['rank']} ran out of memory: {' '.join(failure['message'].split())[:400]}"
-        return _does_not_fit(case, failure["rank"], what, failure["provenance"])
+        rank = case.rank if case.plays_one_rank else failure["rank"]
+        progress = out.with_name(f"{out.name}.progress")
+        n_done = progress.read_text(encoding="utf-8").count("\n") if progress.exists() else 0
+        when = f"after {n_done} step(s)" if n_done else "before the first step was over"
+        what = f"rank {rank} ran out of memory {when}: {' '.join(failure['message'].split())[:400]}"
+        return _does_not_fit(case, rank, what, failure["provenance"])
     if "input" in by_kind:
         raise InputError(by_kind["input"]["message"])
     kills = _kernel_memory_kills()
@@ -235,7 +239,7 @@ def _result(case: Case, status: int, out: Path, log: Path, kills_before: int | N
 
 
 def _does_not_fit(case: Case, rank: int, explanation: str, origin: dict[str, Any]) -> StepReport:
-    gpu = (origin.get("gpu") or {}) if case.backend == "cuda" else {}
+    gpu = (origin.get("gpu") or {}) if case.on_cuda else {}
     return StepReport(
         origin=case.backend,
         job_key=case.job.key,
@@ -243,7 +247,7 @@ def _does_not_fit(case: Case, rank: int, explanation: str, origin: dict[str, Any
         rank=rank,
         fits=False,
         explanation=explanation,
-        capacity_bytes=gpu.get("memory_bytes") if case.backend == "cuda" else origin.get("memory_limit_bytes"),
+        capacity_bytes=gpu.get("memory_bytes") if case.on_cuda else origin.get("memory_limit_bytes"),
         provenance={**(origin or provenance.collect()), "processes": case.n_processes, "seed": case.seed},
     )
 

@@ -26,10 +26,12 @@ from validator.measured import RankResult, build_report
 
 OnStep = Callable[[int, float], None]
 """Called with the step's number (warm-up included) and its seconds."""
+VIRTUAL_DEVICE = "cuda"
+"""Where ``cuda-virtual`` runs; tests play it on ``"cpu"``."""
 
 
 def run_case(case: Case, origin: dict[str, Any], on_step: OnStep) -> dict[str, Any] | None:
-    """Runs ``case`` as this process's rank. Returns the report as plain data on rank 0 (and on a fake rank).
+    """Runs ``case`` as this process's rank. Returns the report as plain data on rank 0 (and on a played rank).
 
     ``origin`` is the provenance to write into it. Raises whatever the runtime raises, out of memory included.
     """
@@ -40,24 +42,27 @@ def run_case(case: Case, origin: dict[str, Any], on_step: OnStep) -> dict[str, A
 
     rank, world = _rank_and_world(case)
     device = _start_backend(case, rank, world, origin)
+    allocator: dict[str, int] = {}
 
     def on_each(number: int, seconds: float) -> None:
         on_step(number, seconds)
         if device == "cuda" and number == case.warmup - 1:
             torch.cuda.reset_peak_memory_stats()  # first steps also hold what libraries need once
+        elif device == "cuda" and number == case.warmup + case.steps - 1:
+            allocator.update(_allocator_facts(torch))  # before metering, under which autograd adds out of place
 
     # one session does both: it times steps without metering memory, then meters one further step
-    options = SessionOptions(steps=case.steps, warmup=case.warmup, track_memory=True, seed=case.seed)
+    options = SessionOptions(steps=case.steps, warmup=case.warmup, track_memory=case.metered, seed=case.seed)
     session = run_session(case.job, device, options, rank=rank, on_step=on_each)
-    mine = RankResult(rank=rank, session=asdict(session), **_allocator_facts(torch, case))
+    mine = RankResult(rank=rank, session=asdict(session), **allocator)
     results: list[Any] = [mine]
-    if dist.is_initialized() and case.backend != "fake":
+    if dist.is_initialized() and not case.plays_one_rank:
         results = [None] * world
         dist.all_gather_object(results, mine)
         dist.barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
-    return build_report(case, results, origin).to_dict() if rank == 0 or case.backend == "fake" else None
+    return build_report(case, results, origin).to_dict() if rank == 0 or case.plays_one_rank else None
 
 
 def _share_cores() -> None:
@@ -73,7 +78,7 @@ def _local_world() -> int:
 
 
 def _rank_and_world(case: Case) -> tuple[int, int]:
-    if case.backend == "fake":
+    if case.plays_one_rank:
         return case.rank, case.job.dp
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world != case.job.dp:
@@ -92,26 +97,35 @@ def _start_backend(case: Case, rank: int, world: int, origin: dict[str, Any]) ->
     import torch
     import torch.distributed as dist
 
-    if case.backend == "fake":
+    if case.backend == "cuda-virtual" and VIRTUAL_DEVICE == "cuda":
+        _take_gpu(torch, case)
+    if case.plays_one_rank:
         if world > 1:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        return "meta"
+        return "meta" if case.backend == "fake" else VIRTUAL_DEVICE
     if case.backend == "cpu":
         origin["memory_limit_bytes"] = _limit_memory(case)
         if world > 1:
             dist.init_process_group("gloo")
         return "cpu"
-    local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= n_gpus:
-        raise InputError(
-            f"backend is 'cuda' with {_local_world()} process(es) on this machine, which has {n_gpus} GPU(s) that torch can use"
-        )
-    torch.cuda.set_device(local_rank)
+    local_rank = _take_gpu(torch, case)
     if world > 1:
         dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
     return "cuda"
+
+
+def _take_gpu(torch: Any, case: Case) -> int:
+    """Makes this process's GPU the current one and returns its number. Raises ``InputError`` when there is none."""
+    local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= n_gpus:
+        raise InputError(
+            f"backend is {case.backend!r} with {_local_world()} process(es) on this machine, which has {n_gpus} GPU(s) "
+            "that torch can use; allowed without a GPU: fake, cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return local_rank
 
 
 def _limit_memory(case: Case) -> int | None:
@@ -135,10 +149,8 @@ def _limit_memory(case: Case) -> int | None:
     return limit
 
 
-def _allocator_facts(torch: Any, case: Case) -> dict[str, int]:
-    """What the CUDA caching allocator and the driver say after the last step."""
-    if case.backend != "cuda":
-        return {}
+def _allocator_facts(torch: Any) -> dict[str, int]:
+    """What the CUDA caching allocator and the driver say after the last timed step."""
     free, total = torch.cuda.mem_get_info()
     return {
         "allocator_peak_bytes": torch.cuda.max_memory_allocated(),
@@ -154,7 +166,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if names & {"MemoryError", "OutOfMemoryError"}:
         return True
     text = str(error).lower()
-    signs = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+    signs = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc",
+             "cublas_status_alloc_failed")  # fmt: skip
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 

@@ -115,6 +115,9 @@ def _sentence(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption):
         known = [name for p in error.ctx.command.params for name in p.opts] if error.ctx else []
         command = error.ctx.command_path if error.ctx else "zerocast"
+        if not known and error.ctx is not None and isinstance(error.ctx.command, click.Group):
+            commands = ", ".join(error.ctx.command.list_commands(error.ctx))
+            return f"{error.option_name} is no option of {command!r}; it goes after one of its commands: {commands}"
         return f"{error.option_name} is no option of {command!r}{_nearest(error.option_name, known)}"
     if (
         isinstance(error, click.BadParameter)

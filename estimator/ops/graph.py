@@ -168,7 +168,7 @@ class Graph:
         )
 
     def repeat_heads(self, x: Ref, width: int, repeats: int) -> Ref:
-        """Key/value heads copied to every query head, where the attention kernel has no grouped form (CPU)."""
+        """Key/value heads copied to every query head, where the attention kernel has no grouped form."""
         n_bytes = self.rows * width * self.width
         return self._add(
             Node(

@@ -22,7 +22,7 @@ class Shape(NamedTuple):
     seq_len: int
     dtype: str
     repeats_kv_heads: bool
-    """True where the attention kernel has no grouped-query form (CPU)."""
+    """True where the attention kernel has no grouped-query form (on a CPU, and in fp32)."""
 
     @property
     def rows(self) -> int:
