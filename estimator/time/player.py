@@ -20,6 +20,7 @@ Otherwise they are all played, as they are while work of the host is still to be
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -107,7 +108,7 @@ class _Player:
         """Newest event of a tag: end, start, part, and the part that held up its start."""
         self.last_part = ["forward", "exposed_gather", "exposed_reduce", "offload", "offload"]
         """What keeps each device stream busy."""
-        self.host_log: list[tuple[float, float, str]] = []
+        self.host_log: deque[tuple[float, float, str]] = deque()
         """Spells in which the host was not issuing: start, end, part."""
         self.parts = dict.fromkeys(TIME_PARTS, 0.0)
         self.busy = [0.0] * len(STREAMS)
@@ -159,7 +160,7 @@ class _Player:
             dict(self.tags),
             dict(self.parts),
             list(self.busy),
-            list(self.host_log),
+            deque(self.host_log),
             list(self.last_part),
         )
 
@@ -335,7 +336,12 @@ class _Player:
             self.parts[record[2]] += high - start
             high, part = start, record[3]
         rest = high - low
-        for begin, end, name in self.host_log:
+        log = self.host_log
+        while log and log[0][1] <= low:  # idle spells come in order of time: what ended before this one is done with
+            log.popleft()
+        for begin, end, name in log:
+            if begin >= high:
+                break
             overlap = min(end, high) - max(begin, low)
             if overlap > 0.0:
                 self.parts[name] += overlap
