@@ -42,6 +42,7 @@ class _Log:
 
     entries: list[tuple[_Block, int] | tuple[str, str]] = field(default_factory=list)
     start: list[_Block] = field(default_factory=list)
+    start_phase: tuple[str, str] = ("init", "start")
     phase: tuple[str, str] = ("init", "start")
 
 
@@ -167,7 +168,8 @@ class Ledger(TorchDispatchMode):
 
     def start_step(self) -> None:
         """Forget the past; what is live now is the baseline of the step that begins."""
-        self._log = _Log(start=[*self._live.values(), *self._held.values()], phase=self._log.phase)
+        phase = self._log.phase
+        self._log = _Log(start=[*self._live.values(), *self._held.values()], start_phase=phase, phase=phase)
 
     def report(self) -> StepMemory:
         """Peaks since ``start_step``. Only device bytes count towards the peak."""
@@ -178,13 +180,13 @@ class Ledger(TorchDispatchMode):
             side[block.category] = side.get(block.category, 0) + block.n_bytes
         total, host_total = sum(live.values()), sum(host.values())
         peak, host_peak, at_peak = total, host_total, dict(live)
-        phase, where = peak_phase, peak_where = self._log.phase
+        phase, where = peak_phase, peak_where = self._log.start_phase
         category_peak, host_category_peak = dict(live), dict(host)
         phase_peak, phase_categories = {"init": total, phase: total}, {"init": dict(live), phase: dict(live)}
         for entry in self._log.entries:
             if isinstance(entry[0], str):
                 phase, where = entry  # type: ignore[assignment]
-                if total > phase_peak.get(phase, 0):
+                if total > phase_peak.get(phase, -1):
                     phase_peak[phase], phase_categories[phase] = total, dict(live)
                 continue
             block, delta = entry
@@ -197,7 +199,7 @@ class Ledger(TorchDispatchMode):
                 host_peak = max(host_peak, host_total)
                 continue
             total += delta  # type: ignore[operator]
-            if total > phase_peak.get(phase, 0):
+            if total > phase_peak.get(phase, -1):
                 phase_peak[phase], phase_categories[phase] = total, dict(live)
             if total > peak:
                 peak, at_peak, peak_phase, peak_where = total, dict(live), phase, where

@@ -109,7 +109,7 @@ class _Reader:
 
     def _look(self, total: int, extra: Sequence[tuple[str, int]]) -> None:
         """Compare the device's ``total`` (``extra`` included) with the largest so far."""
-        if total <= self.phase_peak.get(self.phase, 0):
+        if total <= self.phase_peak.get(self.phase, -1):
             return
         device = self.device
         held = dict(device.live)

@@ -54,6 +54,9 @@ def check(job: Job) -> None:
     for category in ("activations", "logits_loss"):
         assert want.category_peak_bytes[category] == pytest.approx(got.category_peak_bytes[category], rel=1e-3)
     assert want.peak_where == got.peak_where
+    assert want.phase_peak_bytes.keys() == got.phase_peak_bytes.keys()
+    for phase, n_bytes in got.phase_peak_bytes.items():
+        assert want.phase_peak_bytes[phase] == pytest.approx(n_bytes, rel=5e-3, abs=64), phase  # scalars
 
 
 def case(model: str, stage: int, offload: str, recompute: str, micro_batch: int, world: int) -> Job:
