@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,29 +37,36 @@ class Communicator:
         self.bytes[op] += full.numel() * full.element_size()
         self.calls[op] += 1
 
-    def all_gather(self, full: Tensor, shard: Tensor) -> dist.Work:
+    def all_gather(self, full: Tensor, shard: Tensor) -> Any:
         """``full`` becomes the shards of all ranks in rank order; ``shard`` may be its own slice of ``full``."""
         self._count("all_gather", full)
         if self._virtual and not full.is_meta:
             _repeat(shard, full)
+            return _issued(full)
         return _all_gather(full, shard, group=self._gather_group, async_op=True)
 
     def gather_now(self, full: Tensor, shard: Tensor) -> None:
         """An all-gather outside of any step: waited for, not counted."""
         if self._virtual and not full.is_meta:
             _repeat(shard, full)
+            return
         _all_gather(full, shard)
 
-    def reduce_scatter(self, shard: Tensor, full: Tensor) -> dist.Work:
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> Any:
         """``shard`` becomes this rank's slice of the sum over ranks; it may be that slice of ``full``."""
         self._count("reduce_scatter", full)
-        if self._virtual and not full.is_meta and shard.data_ptr() != full[self.rank * shard.numel() :].data_ptr():
-            shard.copy_(full[self.rank * shard.numel() :][: shard.numel()])
+        if self._virtual and not full.is_meta:
+            own = full[self.rank * shard.numel() :][: shard.numel()]
+            if shard.data_ptr() != own.data_ptr():
+                shard.copy_(own)
+            return _issued(full)
         return _reduce_scatter(shard, full, group=self._reduce_group, async_op=True)
 
-    def all_reduce(self, tensor: Tensor) -> dist.Work:
+    def all_reduce(self, tensor: Tensor) -> Any:
         """``tensor`` becomes the sum over ranks."""
         self._count("all_reduce", tensor)
+        if self._virtual and not tensor.is_meta:
+            return _issued(tensor)
         return dist.all_reduce(tensor, group=self._reduce_group, async_op=True)
 
     def start_step(self) -> None:
@@ -76,3 +84,12 @@ def _repeat(shard: Tensor, full: Tensor) -> None:
         rows[own + 1 :].copy_(shard)
     else:
         rows.copy_(shard)
+
+
+def _issued(tensor: Tensor) -> Any:
+    """What to wait for after work on the current stream; ``None`` on the CPU, where it is done."""
+    if not tensor.is_cuda:
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -74,7 +74,7 @@ class Engine:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(TORCH_DTYPES[strategy.dtype])
-        self.recompute_clock = wrap_blocks([u.module for u in live[1:-1]], strategy.recompute)
+        self.recompute_clock = wrap_blocks([u.module for u in live[1:-1]], strategy.recompute, self.device)
         self._hook(live)
         self._micro_sections = [s for s in self.program.step if s.name == "micro_batch" for _ in range(s.repeat)]
         self._micro_batch = 0
@@ -146,9 +146,10 @@ class Engine:
         start, waited = self._clock(), self._waited()
         (loss * (self.scaler.scale / self.n_micro_batches)).backward()
         self.executor.finish()
+        elapsed = self._clock() - start - (self._waited() - waited)
         replayed = self.recompute_clock.take()
         self.seconds["recompute"] += replayed
-        self.seconds["backward"] += self._clock() - start - (self._waited() - waited) - replayed
+        self.seconds["backward"] += elapsed - replayed
         self._awaits = "step"
 
     def step(self) -> bool:

@@ -29,20 +29,33 @@ _ATTENTIONS = {
 
 
 class RecomputeClock:
-    """Seconds spent replaying forwards since it was last read, and whether one is under way."""
+    """Seconds spent replaying forwards since it was last read, and whether one is under way.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    On a GPU its events are read, not the host's clock, which only sees the launches.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.active = False
+        self._cuda = device.type == "cuda"
+        self._spells: list[tuple[Any, Any]] = []
 
     def take(self) -> float:
-        """Seconds so far; starts again from zero."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+        """Seconds so far; starts again from zero. On a GPU everything issued must have finished."""
+        spells, self._spells = self._spells, []
+        if self._cuda:
+            return sum(start.elapsed_time(end) for start, end in spells) / 1e3
+        return sum(end - start for start, end in spells)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @contextmanager
     def replay(self, inner: AbstractContextManager[Any]) -> Iterator[None]:
-        ledger, start = current_ledger(), time.perf_counter()
+        ledger, start = current_ledger(), self._now()
         self.active = True
         if ledger is not None:
             ledger.open_scope()
@@ -53,7 +66,7 @@ class RecomputeClock:
             self.active = False
             if ledger is not None:
                 ledger.close_scope()
-            self.seconds += time.perf_counter() - start
+            self._spells.append((start, self._now()))
 
 
 def _every_second_matmul() -> Callable[..., CheckpointPolicy]:
@@ -70,9 +83,9 @@ def _every_second_matmul() -> Callable[..., CheckpointPolicy]:
     return policy
 
 
-def wrap_blocks(blocks: list[nn.Module], recompute: Recompute) -> RecomputeClock:
+def wrap_blocks(blocks: list[nn.Module], recompute: Recompute, device: torch.device) -> RecomputeClock:
     """Make every block recompute in its backward pass. Changes their ``forward``; returns the clock of the replays."""
-    clock = RecomputeClock()
+    clock = RecomputeClock(device)
     if recompute == "none":
         return clock
 

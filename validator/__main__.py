@@ -9,17 +9,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from estimator import catalog
 from estimator.errors import InputError
 from estimator.time.profile_file import load_profile
 from estimator.units import format_seconds
+from validator.calibrate import calibrate
+from validator.campaign import check_devices, device_here, gpu_name, run_campaign, summary_lines
 from validator.case import read_case
 from validator.compare import compare, predict_for
+from validator.provenance import available_memory_bytes
 from validator.records import export_reports, import_reports
 from validator.runner import Outcome, Progress, measure_many
 from validator.store import Store
+from validator.suites import Place, expand, load_suite, suite_names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m validator", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="measure | compare | export | import")
+    commands = parser.add_subparsers(
+        required=True, metavar="campaign | calibrate | measure | compare | export | import"
+    )
+    _add_campaign(commands)
+    _add_calibrate(commands)
     parts = {
         "measure": (_measure, "run cases and record what they measure"),
         "compare": (_compare, "predict recorded runs again and print every error as JSON"),
@@ -61,6 +71,82 @@ def _parser() -> argparse.ArgumentParser:
     sub["export"].add_argument("--out", type=Path, required=True, help="file to write")
     sub["import"].add_argument("--records", type=Path, required=True, help="file to read")
     return parser
+
+
+def _add_campaign(commands: Any) -> None:
+    text = "measure as much of a suite as fits into a time budget; the same command goes on from there"
+    sub = commands.add_parser("campaign", help=text, description=text)
+    sub.add_argument("--suite", required=True, metavar="NAME|FILE", help=f"{', '.join(suite_names())}, or a TOML file")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for records.jsonl")
+    sub.add_argument("--budget-s", type=float, default=540.0, help="seconds in which to finish (default: 540)")
+    sub.add_argument("--profile", type=Path, help="hardware profile of this machine; what gpu = 'cpu' needs")
+    sub.add_argument("--gpu", help="catalogue name of this machine's GPU, where it cannot be told")
+    sub.add_argument("--dry-run", action="store_true", help="only print the cases in their order, as JSON")
+    sub.set_defaults(command=_campaign)
+
+
+def _add_calibrate(commands: Any) -> None:
+    text = "measure this machine into a hardware profile"
+    sub = commands.add_parser("calibrate", help=text, description=text)
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="profile to write")
+    sub.add_argument("--device", default="cpu", metavar="cpu|cuda")
+    sub.add_argument("--budget-s", type=float, default=60.0, help="about how long to measure (default: 60)")
+    sub.add_argument("--effort", default="full", metavar="quick|full", help="how many sizes to measure")
+    sub.add_argument("--gpu", help="with cuda: the GPU's catalogue name, where it cannot be told")
+    sub.set_defaults(command=_calibrate)
+
+
+def _campaign(args: argparse.Namespace) -> int:
+    suite = load_suite(args.suite)
+    profile = load_profile(args.profile) if args.profile else None
+    wants_gpu = any(c.get("gpu") == "here" or str(c.get("backend")).startswith("cuda") for c in suite.combinations)
+    device = device_here() if wants_gpu else None
+    here = gpu_name(device, args.gpu) if wants_gpu else None
+    local = profile if profile is not None and profile.gpu is not None and profile.gpu.arch == "cpu" else None
+    if wants_gpu and not args.dry_run and device is None:
+        raise InputError(
+            f"suite {suite.name!r} needs a GPU and torch can use none here; allowed without one: suites of the backends "
+            "fake and cpu, or --dry-run"
+        )
+    place = Place(
+        gpu_here=here,
+        free_host_bytes=available_memory_bytes(),
+        local_gpu=local.gpu if local else None,
+        local_host=local.host if local else None,
+    )
+    plan = expand(suite, place)
+    if not plan.cases and not plan.boundaries:
+        reason = plan.left_out[0].reason if plan.left_out else "it lists none"
+        raise InputError(f"suite {suite.name!r} has no case that can run: {reason}")
+    if args.dry_run:
+        _write(
+            {
+                "suite": suite.name,
+                "about": suite.about,
+                "cases": [case.label for case in plan.cases],
+                "boundaries": [{"case": b.label, "forecast": b.forecast()} for b in plan.boundaries],
+                "left_out": [{**item.settings, "reason": item.reason} for item in plan.left_out],
+            }
+        )
+        return 0
+    check_devices(plan, here)
+    summary = run_campaign(plan, args.out, args.budget_s, _say, profile)
+    for line in summary_lines(summary):
+        _say(line)
+    _write(asdict(summary))
+    return 1 if summary.failed else 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    gpu = None
+    if args.device == "cuda":
+        name = gpu_name(device_here(), args.gpu)
+        gpu = catalog.gpu(name) if name else None
+    calibrate(
+        device=args.device, budget_s=args.budget_s, out=args.out, effort=args.effort, gpu=gpu,
+        on_progress=lambda what, done, planned: _say(f"[{done}/{planned}] {what}"),
+    )  # fmt: skip
+    return 0
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -106,6 +192,11 @@ def _tell(progress: Progress) -> None:
     )
     place = f"{progress.index + 1}/{progress.n_cases}"
     sys.stderr.write(f"[{place}] {progress.case.label}: {what} {progress.message}".rstrip() + "\n")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def _write(data: Any) -> None:

@@ -227,10 +227,11 @@ def _rows(prediction: StepReport, measurement: StepReport) -> Iterator[Row]:
 
 
 def _terms(prediction: StepReport, measurement: StepReport) -> Iterator[tuple[str, float, float]]:
-    """(term, predicted, measured) for whatever both reports know."""
+    """(term, predicted, measured) for whatever both reports know and mean alike."""
+    alone = _without_network(measurement)
     for name in SCALAR_TERMS:
         predicted, measured = getattr(prediction, name), getattr(measurement, name)
-        if predicted is not None and measured is not None:
+        if predicted is not None and measured is not None and not (alone and name == "step_s"):
             yield name, predicted, measured
     for name in NAMED_TERMS:
         predicted_by_key, measured_by_key = getattr(prediction, name), getattr(measurement, name)
@@ -238,8 +239,15 @@ def _terms(prediction: StepReport, measurement: StepReport) -> Iterator[tuple[st
             continue
         for key in dict.fromkeys((*measured_by_key, *predicted_by_key)):
             in_both = key in measured_by_key and key in predicted_by_key
+            if alone and name == "time_parts_s" and key.startswith("exposed"):
+                continue
             if in_both or _absent_means_zero(name, key):
                 yield f"{name}.{key}", predicted_by_key.get(key, 0), measured_by_key.get(key, 0)
+
+
+def _without_network(measurement: StepReport) -> bool:
+    """A virtual rank's step has no communication in it, a forecast's has."""
+    return measurement.origin == "cuda-virtual" and bool(measurement.collective_bytes)
 
 
 def _is_known(name: str, report: StepReport) -> bool:
@@ -273,7 +281,7 @@ def _blames(prediction: StepReport, measurement: StepReport) -> Iterator[Blame]:
     """The part to blame for the error of the peak (parts that add up to it) and of the step."""
     for total, parts in (("peak_allocated_bytes", "category_bytes_at_peak"), ("step_s", "time_parts_s")):
         predicted, measured = getattr(prediction, total), getattr(measurement, total)
-        if predicted is None or not measured:
+        if predicted is None or not measured or (total == "step_s" and _without_network(measurement)):
             continue
         there, here = getattr(prediction, parts), getattr(measurement, parts)
         differences = {key: there.get(key, 0) - here.get(key, 0) for key in {**there, **here}} if there and here else {}

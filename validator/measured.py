@@ -137,7 +137,9 @@ def _notes(case: Case, results: Sequence[RankResult]) -> tuple[str, ...]:
     if case.metered:
         notes.append("memory: live bytes metered in one further step, which is not timed")
     if case.on_cuda:
-        notes.append("peak_allocated_bytes is the CUDA allocator's over the timed steps; its categories are the metered ones")
+        notes.append(
+            "peak_allocated_bytes is the CUDA allocator's over the timed steps; its categories are the metered ones"
+        )
     if len(results) > 1:
         notes.append("memory of the rank with the largest peak; time parts of rank 0")
     return tuple(notes)

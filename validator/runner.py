@@ -39,6 +39,10 @@ class MeasureError(RuntimeError):
     """A case that gave no result: it crashed or ran past its time limit. The message ends with its last words."""
 
 
+class TimeLimitError(MeasureError):
+    """A case that ran past its time limit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """One thing that happened while measuring."""
@@ -204,7 +208,7 @@ def _wait(case: Case, process: subprocess.Popen[bytes], out: Path, log: Path, te
             return process.returncode
         if time.monotonic() > deadline:
             last = f"it had finished {len(lines)} of {case.warmup + case.steps} steps"
-            raise MeasureError(
+            raise TimeLimitError(
                 f"{case.label} ran past its limit of {case.time_limit_s:g} s and was ended; {last}{_last_words(log)}"
             )
 

@@ -315,6 +315,6 @@ def test_demo_walks_the_whole_road(zerocast, tmp_path: Path) -> None:
     ],
 )
 def test_cuda_names_are_found_in_the_catalogue_or_not_guessed(device: str, name: str | None) -> None:
-    from zerocast.commands.measure import catalogue_name
+    from validator.campaign import catalogue_name
 
     assert catalogue_name(device) == name

@@ -94,7 +94,7 @@ def local_gpu(name: str | None) -> Gpu:
     import torch
 
     from estimator import catalog
-    from zerocast.commands.measure import catalogue_name
+    from validator.campaign import catalogue_name
 
     if name is None and torch.cuda.is_available():
         device = torch.cuda.get_device_name()

@@ -113,7 +113,7 @@ def this_device() -> Device:
     import torch
 
     from estimator import catalog
-    from zerocast.commands.measure import catalogue_name
+    from validator.campaign import catalogue_name
 
     if torch.cuda.is_available() and torch.cuda.device_count() >= N_PROCESSES:
         name = catalogue_name(torch.cuda.get_device_name())

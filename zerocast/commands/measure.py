@@ -24,10 +24,10 @@ CPU_PROCESSES = 2
     epilog="Example: zerocast measure --model gpt-30m --gpus 2 --zero 2 --seq-len 128 --dtype fp32",
 )
 @job_flags
-@click.option("--backend", metavar="fake|cpu|cuda", help="Default: cuda where torch sees a GPU, else cpu.")
+@click.option("--backend", metavar="fake|cpu|cuda|cuda-virtual", help="Default: cuda where torch sees a GPU, else cpu.")
 @click.option("--steps", type=int, default=8, show_default=True, help="Measured steps.")
 @click.option("--warmup", type=int, default=3, show_default=True, help="Steps before them that are thrown away.")
-@click.option("--rank", type=int, default=0, show_default=True, help="Rank that the fake backend plays.")
+@click.option("--rank", type=int, default=0, show_default=True, help="Rank that fake and cuda-virtual play.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights and data.")
 @click.option(
     "--time-limit",
@@ -47,7 +47,8 @@ def command(
     """Train a few steps of the job, record what was measured, and show the forecast beside it.
 
     Backends: fake plays one rank of a job of any size without arithmetic (memory and bytes on the wire); cpu trains on
-    this machine's cores with --gpu cpu (needs 'zerocast calibrate' once); cuda trains on its GPUs.
+    this machine's cores with --gpu cpu (needs 'zerocast calibrate' once); cuda trains on its GPUs,
+    cuda-virtual plays one rank of many on one GPU, without the network.
     """
     from estimator.predict import predict
     from validator.case import Case
@@ -106,8 +107,10 @@ def check_device(case: Case) -> None:
     gpu = case.job.cluster.gpu
     if case.backend == "cpu" and gpu.arch != "cpu":
         raise InputError(f"--gpu is {gpu.name!r}; allowed with backend 'cpu': 'cpu' (or --backend fake for any GPU)")
-    if case.backend == "cuda" and gpu.arch == "cpu":
-        raise InputError(f"--gpu is {gpu.name!r}; allowed with backend 'cuda': the name of this machine's GPU")
+    if case.on_cuda and gpu.arch == "cpu":
+        raise InputError(
+            f"--gpu is {gpu.name!r}; allowed with backend {case.backend!r}: the name of this machine's GPU"
+        )
 
 
 def _default_backend() -> str:
@@ -121,27 +124,16 @@ def _defaults(backend: str, flags: JobFlags) -> dict[str, Any]:
         return {}
     if backend == "cpu":
         return {"gpu": "cpu", "gpus": CPU_PROCESSES}
-    return cuda_defaults() if backend == "cuda" else {}
+    return cuda_defaults() if backend in ("cuda", "cuda-virtual") else {}
 
 
 def cuda_defaults() -> dict[str, Any]:
     """Flags for this machine's GPUs: their number, and their name where the catalogue knows it."""
     import torch
 
+    from validator.campaign import catalogue_name, device_here
+
     if not torch.cuda.is_available():
         return {}
-    name = catalogue_name(torch.cuda.get_device_name())
+    name = catalogue_name(device_here() or "")
     return {"gpus": torch.cuda.device_count(), **({"gpu": name} if name else {})}
-
-
-def catalogue_name(device: str) -> str | None:
-    """The catalogue's name for what CUDA calls ``device`` (``"NVIDIA H100 80GB HBM3"``); ``None`` when it has none."""
-    from estimator import catalog
-    from estimator.errors import InputError
-
-    words = device.lower().replace("-", " ").split()
-    spelled = "-".join(w for w in words if w not in ("nvidia", "amd", "tesla", "instinct") and not w.startswith("hbm"))
-    try:
-        return catalog.gpu(spelled).name
-    except InputError:
-        return None
