@@ -55,6 +55,7 @@ test-all: lint
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_predict.py
+	$(BIN)/python benchmarks/bench_gate.py
 
 readme: $(STAMP)
 	$(BIN)/python docs/refresh.py
