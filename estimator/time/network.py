@@ -44,10 +44,16 @@ class CollectiveTimer:
             return 0.0
         known = self._known.get((op, n_bytes))
         if known is None:
-            measured = self.profile.collectives if self.profile.is_measured else ()
+            measured = self._measured_here()
             known = self._interpolated(op, n_bytes, measured) if measured else self._modelled(op, n_bytes)
             self._known[op, n_bytes] = known
         return known
+
+    def _measured_here(self) -> tuple[CollectivePoint, ...]:
+        """Measured points of groups placed like this one: inside a node or across nodes, whose networks say nothing of each other."""
+        if not self.profile.is_measured:
+            return ()
+        return tuple(p for p in self.profile.collectives if (p.n_nodes > 1) == (self.n_nodes > 1))
 
     # ---- from constants -------------------------------------------------------------------------------------------
 
@@ -96,7 +102,8 @@ class CollectiveTimer:
     # ---- from measured points -------------------------------------------------------------------------------------
 
     def _interpolated(self, op: CollectiveOp, n_bytes: int, points: tuple[CollectivePoint, ...]) -> float:
-        """Log-log over bytes, then over group size; outside the measured sizes the nearest two carry on.
+        """Log-log over bytes, then over group size. A size that was not measured takes the nearest one's seconds times
+        what the constants say that the step between the two costs; without constants the nearest two sizes carry on.
 
         An operation that was not measured is made of those that were: an all-reduce of a reduce-scatter and an
         all-gather, and either of these takes half of an all-reduce (ring algorithms).
@@ -104,12 +111,17 @@ class CollectiveTimer:
         points = tuple(p for p in points if p.op == op) or self._substitute(op, points)
         if self.dtype and any(p.dtype == self.dtype for p in points):
             points = tuple(p for p in points if p.dtype == self.dtype)
-        sizes = sorted({p.group_size for p in points})
-        at: list[tuple[int, float]] = []
-        for size in sizes:
-            curve = seconds_curve((p.bytes, p.seconds) for p in points if p.group_size == size)
-            at.append((size, curve_seconds(curve, n_bytes)))
-        return _over_group_size(at, self.group_size)
+        at: dict[int, float] = {}
+        nodes_of: dict[int, int] = {}
+        for size in sorted({p.group_size for p in points}):
+            nodes_of[size] = min({p.n_nodes for p in points if p.group_size == size}, key=lambda n: abs(n - self.n_nodes))
+            placed = (p for p in points if (p.group_size, p.n_nodes) == (size, nodes_of[size]))
+            at[size] = curve_seconds(seconds_curve((p.bytes, p.seconds) for p in placed), n_bytes)
+        if self.group_size in at or self.profile.link is None:
+            return _over_group_size(list(at.items()), self.group_size)
+        nearest = min(at, key=lambda size: (abs(log(size / self.group_size)), size))
+        there = CollectiveTimer(self.cluster, self.profile, nearest, -(-nearest // nodes_of[nearest]))
+        return at[nearest] * self._modelled(op, n_bytes) / there._modelled(op, n_bytes)
 
     def _substitute(self, op: CollectiveOp, points: tuple[CollectivePoint, ...]) -> tuple[CollectivePoint, ...]:
         whole = tuple(p._replace(seconds=p.seconds / 2) for p in points if p.op == "all_reduce")

@@ -216,6 +216,23 @@ def test_measured_collectives_interpolate_and_grow_with_the_group() -> None:
         seconds("all_reduce", 1 << 20, 2)
 
 
+def test_measured_collectives_speak_for_their_own_network_only() -> None:
+    gpu = catalog.gpu("h100-sxm")
+    shipped = profile_for(gpu)[0]
+    points = (CollectivePoint("all_gather", 8, 1, 1 << 28, 1e-3), CollectivePoint("all_gather", 8, 1, 1 << 26, 3e-4))
+    profile = replace(shipped, origin="measured", collectives=points)
+
+    def seconds(given: HardwareProfile, n: int) -> float:
+        return CollectiveTimer(cluster(gpu, n), given, n, 8).seconds("all_gather", 1 << 28)
+
+    assert seconds(profile, 8) == pytest.approx(1e-3)
+    assert seconds(profile, 4) == pytest.approx(1e-3 * seconds(shipped, 4) / seconds(shipped, 8))
+    assert seconds(profile, 64) == seconds(shipped, 64)  # eight nodes: none was measured
+    across = replace(profile, collectives=(*points, CollectivePoint("all_gather", 16, 2, 1 << 28, 8e-3)))
+    assert seconds(across, 8) == pytest.approx(1e-3)
+    assert seconds(across, 64) == pytest.approx(8e-3 * seconds(shipped, 64) / seconds(shipped, 16))
+
+
 def test_a_dtype_that_was_not_measured_is_refused() -> None:
     profile = measured()
     assert profile.gpu is not None
