@@ -71,6 +71,13 @@ class StepReport:
     collective_calls: dict[str, int] = field(default_factory=dict)
     copy_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes per step copied between device and host by direction (``h2d``, ``d2h``)."""
+    copy_s: dict[str, float] = field(default_factory=dict)
+    """Measured: seconds per step for which these copies occupied their streams, overlapped or not. ``copy_bytes`` over
+    ``copy_s`` is the rate reached."""
+    # correctness
+    parity: dict[str, float] = field(default_factory=dict)
+    """Measured, where asked for: largest relative difference from plain PyTorch of the losses (``loss``) and of the
+    parameters (``params``, norm over norm) after the same steps."""
     # verdict
     capacity_bytes: int | None = None
     fits: bool | None = None

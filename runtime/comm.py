@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.context import has_data
+
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 """torch 2.13 renamed both; 2.11 has only the old names."""
@@ -40,14 +42,14 @@ class Communicator:
     def all_gather(self, full: Tensor, shard: Tensor) -> Any:
         """``full`` becomes the shards of all ranks in rank order; ``shard`` may be its own slice of ``full``."""
         self._count("all_gather", full)
-        if self._virtual and not full.is_meta:
+        if self._virtual and has_data(full):
             _repeat(shard, full)
             return _issued(full)
         return _all_gather(full, shard, group=self._gather_group, async_op=True)
 
     def gather_now(self, full: Tensor, shard: Tensor) -> None:
         """An all-gather outside of any step: waited for, not counted."""
-        if self._virtual and not full.is_meta:
+        if self._virtual and has_data(full):
             _repeat(shard, full)
             return
         _all_gather(full, shard)
@@ -55,7 +57,7 @@ class Communicator:
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> Any:
         """``shard`` becomes this rank's slice of the sum over ranks; it may be that slice of ``full``."""
         self._count("reduce_scatter", full)
-        if self._virtual and not full.is_meta:
+        if self._virtual and has_data(full):
             own = full[self.rank * shard.numel() :][: shard.numel()]
             if shard.data_ptr() != own.data_ptr():
                 shard.copy_(own)
@@ -65,7 +67,7 @@ class Communicator:
     def all_reduce(self, tensor: Tensor) -> Any:
         """``tensor`` becomes the sum over ranks."""
         self._count("all_reduce", tensor)
-        if self._virtual and not tensor.is_meta:
+        if self._virtual and has_data(tensor):
             return _issued(tensor)
         return dist.all_reduce(tensor, group=self._reduce_group, async_op=True)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
 from runtime.ledger import Ledger
 
 _ledger: Ledger | None = None
@@ -39,3 +42,8 @@ def input_memory() -> AbstractContextManager[None]:
 def managed_memory() -> AbstractContextManager[None]:
     """Allocations inside are not counted: they are scratch of the set-up or reported by ``Ledger.hold``."""
     return _ledger.blind() if _ledger is not None else nullcontext()
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether ``tensor`` holds numbers, and not only a shape."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

@@ -9,8 +9,6 @@ for batch in batches:
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -22,44 +20,48 @@ from estimator.job.strategy import Strategy
 from estimator.schedule.buffers import group_buffers
 from estimator.schedule.events import Buffer
 from estimator.schedule.program import build_program
-from estimator.sharding.layout import make_layout
+from estimator.sharding.layout import Slot, make_layout
 from runtime.comm import Communicator
-from runtime.context import current_ledger
+from runtime.context import current_ledger, has_data
 from runtime.executor import Executor
 from runtime.ledger import Ledger
 from runtime.optimizer import LossScaler, OptimizerConfig
 from runtime.recompute import wrap_blocks
-from runtime.storage import TORCH_DTYPES, GroupStorage
+from runtime.storage import TORCH_DTYPES, Fill, GroupStorage
 from runtime.units import LiveUnit, find_units
 
 
 def initialize(
-    *, model: nn.Module, strategy: Strategy, n_micro_batches: int = 1, optimizer: OptimizerConfig | None = None
-) -> Engine:
+    *, model: nn.Module, strategy: Strategy, n_micro_batches: int = 1, optimizer: OptimizerConfig | None = None,
+    fill: Fill | None = None,
+) -> Engine:  # fmt: skip
     """Take over ``model`` (fp32, on the device to train on) and return the engine that trains it.
 
     Uses torch.distributed's default group when there is one, else a single process. The model's parameters become views
-    of flat buffers in ``strategy.dtype``. Raises ``InputError`` for what the runtime cannot do.
+    of flat buffers in ``strategy.dtype``. With ``fill`` their values are not taken from the model, which may be hollow
+    (``runtime.hollow``), but written group by group, in the order of ``model.named_parameters()``. Raises ``InputError``
+    for what the runtime cannot do.
     """
     require_int("n_micro_batches", n_micro_batches)
     for axis in ("tp", "pp", "cp", "ep"):
         if getattr(strategy, axis) > 1:
             raise InputError(f"{axis} is {getattr(strategy, axis)}; the runtime is data parallel only, allowed: 1")
-    return Engine(model, strategy, n_micro_batches, optimizer or OptimizerConfig())
+    return Engine(model, strategy, n_micro_batches, optimizer or OptimizerConfig(), fill)
 
 
 class Engine:
     """Trains one model with one ``StepProgram``. Made by ``initialize``."""
 
-    def __init__(self, model: nn.Module, strategy: Strategy, n_micro_batches: int, optimizer: OptimizerConfig) -> None:
+    def __init__(
+        self, model: nn.Module, strategy: Strategy, n_micro_batches: int, optimizer: OptimizerConfig,
+        fill: Fill | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.strategy, self.n_micro_batches = model, strategy, n_micro_batches
         self.comm = Communicator()
         self.zero_stage = strategy.zero_stage if self.comm.size > 1 else 0
         self.scaler = LossScaler(strategy.dtype)
         self.grad_norm: Tensor | None = None
         """Global gradient norm of the last step, before clipping; ``None`` when neither clipping nor fp16 asked for it."""
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        """Seconds of the step under way by part of ``estimator.report.TIME_PARTS``, as the host sees them."""
         live = find_units(model)
         self.layout = make_layout([u.unit for u in live], strategy, self.zero_stage, self.comm.size)
         self.program = build_program(self.layout, strategy, self.zero_stage, self.comm.size, n_micro_batches)
@@ -70,11 +72,11 @@ class Engine:
         )  # fmt: skip
         self.executor.run_all(self.program.init)
         for storage in self.storages:
-            storage.adopt_parameters()
+            storage.adopt_parameters([self._name_of(slot) for slot in storage.slots], fill)
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(TORCH_DTYPES[strategy.dtype])
-        self.recompute_clock = wrap_blocks([u.module for u in live[1:-1]], strategy.recompute, self.device)
+        self.recompute_clock = wrap_blocks([u.module for u in live[1:-1]], strategy.recompute, self.executor.parts)
         self._hook(live)
         self._micro_sections = [s for s in self.program.step if s.name == "micro_batch" for _ in range(s.repeat)]
         self._micro_batch = 0
@@ -133,23 +135,18 @@ class Engine:
         self._expect("forward")
         if self._micro_batch == 0:
             self._start_step()
-        start, waited = self._clock(), self._waited()
-        self.executor.begin(self._micro_sections[self._micro_batch])
-        output = self.model(*args, **kwargs)
-        self.seconds["forward"] += self._clock() - start - (self._waited() - waited)
+        with self.executor.parts.part("forward"):
+            self.executor.begin(self._micro_sections[self._micro_batch])
+            output = self.model(*args, **kwargs)
         self._awaits = "backward"
         return output
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of the micro-batch; ``loss`` (a scalar) is averaged over micro-batches and ranks."""
         self._expect("backward")
-        start, waited = self._clock(), self._waited()
-        (loss * (self.scaler.scale / self.n_micro_batches)).backward()
-        self.executor.finish()
-        elapsed = self._clock() - start - (self._waited() - waited)
-        replayed = self.recompute_clock.take()
-        self.seconds["recompute"] += replayed
-        self.seconds["backward"] += elapsed - replayed
+        with self.executor.parts.part("backward"):
+            (loss * (self.scaler.scale / self.n_micro_batches)).backward()
+            self.executor.finish()
         self._awaits = "step"
 
     def step(self) -> bool:
@@ -160,17 +157,18 @@ class Engine:
         if self._micro_batch < self.n_micro_batches:
             return False
         self._micro_batch = 0
-        start, waited = self._clock(), self._waited()
-        updated = self._optimize()
-        part = "offload" if self.strategy.offload_optimizer else "optimizer"
-        self.seconds[part] += self._clock() - start - (self._waited() - waited)
-        for name, seconds in self.executor.seconds.items():
-            self.seconds[name] += seconds
-        self.executor.seconds.clear()
-        return updated
+        with self.executor.parts.part("offload" if self.strategy.offload_optimizer else "optimizer"):
+            return self._optimize()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the last step by part of ``estimator.report.TIME_PARTS``; what is in none is not counted.
+
+        On a GPU: of the compute stream, and reading it waits for the device.
+        """
+        return {"recompute": 0.0, **self.executor.parts.read()}
 
     def _start_step(self) -> None:
-        self.seconds.clear()
         self.comm.start_step()
         self.executor.start_step()
 
@@ -199,16 +197,20 @@ class Engine:
         if self.grad_norm is not None and self.strategy.grad_clip > 0:
             clip = (self.strategy.grad_clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
             self.executor.grad_factor = clip * inverse
-        if not self.scaler.enabled or self.device.type == "meta":
+        if not self.scaler.enabled:
             return False
         assert self.grad_norm is not None
-        return not bool(torch.isfinite(self.grad_norm))
+        finite = torch.isfinite(self.grad_norm)
+        return has_data(finite) and not bool(finite)
 
     def meter_tables(self, ledger: Ledger) -> None:
-        """Report the model's own buffers (rotary tables) to ``ledger``."""
+        """Report to ``ledger`` what lives beside the groups' buffers: the model's own (rotary tables) and scalars of the last step."""
         for buffer in self.model.buffers():
-            n_bytes = buffer.untyped_storage().nbytes()
-            ledger.hold(buffer.untyped_storage()._cdata, Buffer("table", -1, "workspace", n_bytes))
+            storage = buffer.untyped_storage()
+            ledger.hold(storage._cdata, Buffer("table", -1, "workspace", storage.nbytes()), storage)
+        for scalar in (self.grad_norm, self.executor.grad_factor):
+            if isinstance(scalar, Tensor):
+                ledger.adopt(scalar, "temporaries")
 
     # ---- help -----------------------------------------------------------------------------------------------------
 
@@ -228,19 +230,14 @@ class Engine:
             else:
                 self.comm.gather_now(full, shard.contiguous())
             for slot in storage.slots:
-                unit = self.layout.units[slot.unit]
-                name = f"{unit.name}.{slot.param.name}"
-                named[name] = full[slot.offset : slot.offset + slot.param.numel].view(slot.param.shape).clone()
+                values = full[slot.offset : slot.offset + slot.param.numel].view(slot.param.shape)
+                named[self._name_of(slot)] = values.clone()
         return named
+
+    def _name_of(self, slot: Slot) -> str:
+        """The parameter's name in the model."""
+        return f"{self.layout.units[slot.unit].name}.{slot.param.name}"
 
     def _expect(self, call: str) -> None:
         if self._awaits != call:
             raise RuntimeError(f"engine.{call} was called where engine.{self._awaits} is due")
-
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def _waited(self) -> float:
-        return sum(self.executor.seconds.values())

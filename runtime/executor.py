@@ -6,8 +6,7 @@ itself runs the ``Compute`` events. If the model runs its units in another order
 
 from __future__ import annotations
 
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ from estimator.schedule.events import (
 )
 from runtime.comm import Communicator
 from runtime.context import current_ledger, managed_memory
-from runtime.optimizer import OptimizerConfig, update
+from runtime.optimizer import OptimizerConfig, squared_norm, update
+from runtime.parts import PartClock
 from runtime.storage import GroupStorage
 from runtime.streams import SideStreams
 
@@ -40,7 +40,7 @@ _WAIT_PART = {"gather": "exposed_gather", "reduce": "exposed_reduce", "grad_norm
 class Executor:
     """Runs the events of one rank on its groups' storage.
 
-    ``seconds`` collects what the host waited for, by part of ``estimator.report.TIME_PARTS``.
+    ``parts`` is told of every wait, by part of ``estimator.report.TIME_PARTS``.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Executor:
         self.storages, self.unit_names, self.strategy, self.comm = storages, unit_names, strategy, comm
         self.optimizer, self.device = optimizer, device
         self.streams = SideStreams(device)
+        self.parts = PartClock(device)
         self.lr = optimizer.lr
         self.step_count = 0
         self.grad_factor: float | Tensor = 1.0
         self.skip_update = False
         self.norm_squared: Tensor | None = None
-        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.copy_bytes: Counter[str] = Counter()
         self._work: dict[tuple[str, int], Any] = {}
         self._events: tuple[Event, ...] = ()
@@ -75,7 +75,8 @@ class Executor:
 
     def start_step(self) -> None:
         """Start counting anew."""
-        self.seconds.clear()
+        self.parts.start()
+        self.streams.start_step()
         self.copy_bytes.clear()
 
     @staticmethod
@@ -169,13 +170,11 @@ class Executor:
 
     @torch.no_grad()
     def _copy(self, event: Copy) -> None:
-        start = time.perf_counter()
-        s = self.storages[event.group]
-        source, target = self._ends_of(event, s)
+        source, target = self._ends_of(event, self.storages[event.group])
         assert source.numel() * source.element_size() == event.n_bytes
         self.copy_bytes[event.stream] += event.n_bytes
-        self._work[event.tag] = self.streams.copy(event.stream, source, target)
-        self.seconds["offload"] += time.perf_counter() - start
+        with self.parts.part("offload"):
+            self._work[event.tag] = self.streams.copy(event.stream, source, target)
 
     def _ends_of(self, event: Copy, s: GroupStorage) -> tuple[Tensor, Tensor]:
         """Source and target of a copy."""
@@ -193,12 +192,12 @@ class Executor:
         return source, s.device_shard
 
     def _wait(self, event: Wait) -> None:
-        start = time.perf_counter()
-        with managed_memory():  # gloo keeps copies of its own, as NCCL has buffers: neither is the job's tensors
+        part = _WAIT_PART.get(event.tag[0], "offload")
+        # gloo keeps copies of its own, as NCCL has buffers: neither is the job's tensors
+        with self.parts.part(part), managed_memory():
             self.streams.wait(event.stream, self._work.get(event.tag))
             if event.tag[0] in _WAIT_PART:
                 self._work.pop(event.tag, None)
-        self.seconds[_WAIT_PART.get(event.tag[0], "offload")] += time.perf_counter() - start
 
     # ---- arithmetic -----------------------------------------------------------------------------------------------
 
@@ -210,8 +209,7 @@ class Executor:
     @torch.no_grad()
     def _grad_norm(self, event: GradNorm) -> None:
         with managed_memory():
-            norm = torch.linalg.vector_norm(self.storages[event.group].step_grads, dtype=torch.float32)
-            square = norm.square().to(self.device)
+            square = squared_norm(self.storages[event.group].step_grads).to(self.device)
             self.norm_squared = square if self.norm_squared is None else self.norm_squared.add_(square)
 
     @torch.no_grad()
@@ -229,7 +227,8 @@ class Executor:
             self._step_group(self.storages[event.group])
 
     def _step_group(self, s: GroupStorage) -> None:
-        master, grads, target = s.master, s.step_grads, s.step_params
+        master, grads = s.master, s.step_grads
+        target = s.step_params if "master" in s.tensors else None  # else the master is the parameter itself
         states = [s.tensors[b.role] for b in s.buffers.optimizer_states]
         temp = s.tensors.get("update_temp")
         with managed_memory():
@@ -249,5 +248,5 @@ class Executor:
                     grad,
                     [x[part] for x in states],
                 )
-                if target.data_ptr() != master.data_ptr() or target.dtype != master.dtype:
+                if target is not None:
                     target[part].copy_(master[part])

@@ -27,7 +27,7 @@ UNDECIDED = "undecided"
 
 
 @dataclass(slots=True)
-class _Block:
+class Block:
     """One storage. ``scope`` is the pass (or replay) that made it; ``category`` may still be undecided."""
 
     n_bytes: int
@@ -40,20 +40,25 @@ class _Block:
 class _Log:
     """What happened since ``start_step``: (block, delta) and changes of phase."""
 
-    entries: list[tuple[_Block, int] | tuple[str, str]] = field(default_factory=list)
-    start: list[_Block] = field(default_factory=list)
+    entries: list[tuple[Block, int] | tuple[str, str]] = field(default_factory=list)
+    start: list[Block] = field(default_factory=list)
     start_phase: tuple[str, str] = ("init", "start")
     phase: tuple[str, str] = ("init", "start")
+
+
+OnBirth = Callable[[int, Block], None]
+"""Told the address and the block of every allocation that a ledger sees; the block's category may be decided later."""
 
 
 class Ledger(TorchDispatchMode):
     """Meters allocations while active (``with ledger: ...``)."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_birth: OnBirth | None = None) -> None:
         super().__init__()
-        self._live: dict[int, _Block] = {}
+        self._on_birth = on_birth
+        self._live: dict[int, Block] = {}
         self._refs: dict[int, weakref.ref] = {}
-        self._held: dict[int, _Block] = {}
+        self._held: dict[int, Block] = {}
         self._category: list[str] = ["temporaries"]
         self._host = False
         self._blind = False
@@ -63,17 +68,25 @@ class Ledger(TorchDispatchMode):
 
     # ---- what the runtime says ------------------------------------------------------------------------------------
 
-    def hold(self, key: int, buffer: Buffer) -> None:
-        """A managed buffer now occupies its bytes."""
-        block = _Block(buffer.n_bytes, buffer.category, buffer.place == "host", 0)
+    def hold(self, key: int, buffer: Buffer, storage: torch.UntypedStorage | None = None) -> None:
+        """A managed buffer now occupies its bytes, those of ``storage`` where that is told."""
+        block = Block(buffer.n_bytes, buffer.category, buffer.place == "host", 0)
         assert key not in self._held, f"{buffer} is held twice"
         self._held[key] = block
+        if self._on_birth is not None and storage is not None:
+            self._on_birth(storage.data_ptr(), block)
         self._log.entries.append((block, block.n_bytes))
 
     def release(self, key: int) -> None:
         """A managed buffer gave its bytes back."""
         block = self._held.pop(key)
         self._log.entries.append((block, -block.n_bytes))
+
+    def adopt(self, tensor: torch.Tensor, category: str) -> None:
+        """``tensor``, made before this ledger was active, counts under ``category`` until it dies."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._live and storage._cdata not in self._held:
+            self._take(storage, category)
 
     def enter(self, phase: str, where: str) -> None:
         """From now on bytes are counted under ``phase``; ``where`` names the unit and pass."""
@@ -138,8 +151,14 @@ class Ledger(TorchDispatchMode):
         category = self._category[-1]
         if self._descends_from_logits(tensor, args):
             category = "logits_loss"
-        block = _Block(storage.nbytes(), category, self._host, self._open_scope)
+        self._take(storage, category)
+
+    def _take(self, storage: torch.UntypedStorage, category: str) -> None:
+        key = storage._cdata
+        block = Block(storage.nbytes(), category, self._host, self._open_scope)
         self._live[key] = block
+        if self._on_birth is not None:
+            self._on_birth(storage.data_ptr(), block)
         self._refs[key] = weakref.ref(storage, self._forget(key))
         self._log.entries.append((block, block.n_bytes))
 

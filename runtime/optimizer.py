@@ -52,6 +52,23 @@ def update(
     )  # fmt: skip
 
 
+_ROW_NUMEL = 1 << 12
+
+
+def squared_norm(flat: Tensor) -> Tensor:
+    """Sum of the squares of ``flat`` (one dim, any float dtype) as an fp32 scalar, within 1e-6 relative.
+
+    On a CPU torch's norm of one long vector adds the squares one after another in fp32 and loses a thousandth at 30
+    million elements (measured, torch 2.13); there short rows are summed first. On a GPU its reduction is a tree.
+    """
+    if flat.device.type != "cpu":
+        return torch.linalg.vector_norm(flat, dtype=torch.float32).square()
+    whole = flat.numel() // _ROW_NUMEL * _ROW_NUMEL
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW_NUMEL), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
+    return rows.square_().sum().add_(rest.square_())
+
+
 class LossScaler:
     """Dynamic loss scale for fp16 (Micikevicius et al. 2018): halved on overflow, doubled after a quiet while."""
 

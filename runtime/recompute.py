@@ -6,7 +6,6 @@ matrix product, the choice of torchtitan.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from estimator.job.strategy import Recompute
 from runtime.context import current_ledger
+from runtime.parts import PartClock
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.mm.default, _aten.addmm.default}
@@ -29,44 +29,25 @@ _ATTENTIONS = {
 
 
 class RecomputeClock:
-    """Seconds spent replaying forwards since it was last read, and whether one is under way.
+    """Times the replays of forwards as part ``recompute``, and says whether one is under way."""
 
-    On a GPU its events are read, not the host's clock, which only sees the launches.
-    """
-
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, parts: PartClock) -> None:
         self.active = False
-        self._cuda = device.type == "cuda"
-        self._spells: list[tuple[Any, Any]] = []
-
-    def take(self) -> float:
-        """Seconds so far; starts again from zero. On a GPU everything issued must have finished."""
-        spells, self._spells = self._spells, []
-        if self._cuda:
-            return sum(start.elapsed_time(end) for start, end in spells) / 1e3
-        return sum(end - start for start, end in spells)
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._parts = parts
 
     @contextmanager
     def replay(self, inner: AbstractContextManager[Any]) -> Iterator[None]:
-        ledger, start = current_ledger(), self._now()
+        ledger = current_ledger()
         self.active = True
         if ledger is not None:
             ledger.open_scope()
         try:
-            with inner:
+            with self._parts.part("recompute"), inner:
                 yield
         finally:
             self.active = False
             if ledger is not None:
                 ledger.close_scope()
-            self._spells.append((start, self._now()))
 
 
 def _every_second_matmul() -> Callable[..., CheckpointPolicy]:
@@ -83,9 +64,9 @@ def _every_second_matmul() -> Callable[..., CheckpointPolicy]:
     return policy
 
 
-def wrap_blocks(blocks: list[nn.Module], recompute: Recompute, device: torch.device) -> RecomputeClock:
-    """Make every block recompute in its backward pass. Changes their ``forward``; returns the clock of the replays."""
-    clock = RecomputeClock(device)
+def wrap_blocks(blocks: list[nn.Module], recompute: Recompute, parts: PartClock) -> RecomputeClock:
+    """Make every block recompute in its backward pass. Changes their ``forward``; ``parts`` times the replays."""
+    clock = RecomputeClock(parts)
     if recompute == "none":
         return clock
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from estimator.errors import InputError
 from estimator.job.job import Job
 from estimator.memory.reader import StepMemory
 from runtime.context import input_memory, metered_by
 from runtime.engine import Engine, initialize
+from runtime.history import AllocatorHistory
+from runtime.hollow import hollow
 from runtime.host_memory import keep_freed_memory
 from runtime.ledger import Ledger
 from runtime.models import Decoder
+from runtime.models.decoder import initial_values
 from runtime.optimizer import OptimizerConfig
+from runtime.reference import PARITY_OPTIMIZER, relative_difference, train_plain
 
-Device = Literal["cpu", "cuda", "meta"]
+Device = Literal["cpu", "cuda", "meta", "fake-cpu"]
+"""``meta`` and ``fake-cpu`` are tensors without data: such as a GPU's kernels make, and such as a CPU's do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,13 @@ class SessionOptions:
     """Meter live bytes in one further step; that step is not timed."""
     seed: int = 0
     lr: float = 1e-4
+    reference: bool = False
+    """Train the same model again in plain PyTorch and compare (``runtime.reference``, with its ``PARITY_OPTIMIZER``
+    instead of ``lr``). Rank 0 does so, alone and for all ranks, when everything else is measured."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return PARITY_OPTIMIZER if self.reference else OptimizerConfig(lr=self.lr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +65,21 @@ class Measurement:
     host_bytes: int | None = None
     pinned_bytes: int | None = None
     step_seconds: tuple[float, ...] = ()
-    """Wall-clock seconds of every measured step."""
+    """Wall-clock seconds of every measured step, from the first call until the device has finished."""
+    device_step_seconds: tuple[float, ...] = ()
+    """The same on the compute stream's own clock; empty without CUDA."""
     part_seconds: dict[str, float] = field(default_factory=dict)
     """Median seconds by part of ``estimator.report.TIME_PARTS``."""
     collective_bytes: dict[str, int] = field(default_factory=dict)
     collective_calls: dict[str, int] = field(default_factory=dict)
     copy_bytes: dict[str, int] = field(default_factory=dict)
+    copy_seconds: dict[str, float] = field(default_factory=dict)
+    """Median seconds per step for which copies occupied their streams, by direction."""
     losses: tuple[float, ...] = ()
+    attribution: dict[str, Any] = field(default_factory=dict)
+    """``runtime.snapshot.attribute`` of the metered step; empty without CUDA's caching allocator."""
+    parity: dict[str, float] = field(default_factory=dict)
+    """Largest relative difference from plain PyTorch: ``loss`` and ``params``; empty unless asked for, or on ranks > 0."""
 
 
 def run_session(
@@ -74,15 +98,28 @@ def run_session(
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if ranks != job.dp:
         raise InputError(f"the process group has {ranks} ranks; allowed: {job.dp}, the job's data-parallel size")
+    if device == "fake-cpu":
+        with FakeTensorMode():
+            return _run(job, "cpu", options, rank, on_step, is_real=False)
     if device == "cpu":
         keep_freed_memory()
-    engine = _make_engine(job, device, options)
+    return _run(job, device, options, rank, on_step, is_real=device != "meta")
+
+
+def _run(
+    job: Job, device: str, options: SessionOptions, rank: int, on_step: Callable[[int, float], None] | None,
+    *, is_real: bool,
+) -> Measurement:  # fmt: skip
+    engine = _make_engine(job, device, options, is_real)
     batches = _Batches(job, device, options.seed + rank)
-    seconds, parts, losses = _timed_steps(engine, batches, options, on_step) if device != "meta" else ([], [], [])
-    report = _metered_step(engine, batches, steps=2 if device == "meta" else 1) if options.track_memory else None
-    if report is None and device == "meta":
+    timed = _timed_steps(engine, batches, options, on_step) if is_real else _Timed()
+    attribution: dict[str, Any] = {}
+    report = None
+    if options.track_memory:
+        report, attribution = _metered_step(engine, batches, steps=1 if is_real else 2)
+    elif not is_real:
         _train_step(engine, batches)
-    return Measurement(
+    measured = Measurement(
         peak_allocated_bytes=report.peak_bytes if report else None,
         peak_phase=report.peak_phase if report else None,
         peak_where=report.peak_where if report else None,
@@ -92,34 +129,71 @@ def run_session(
         phase_category_bytes=report.phase_category_bytes if report else {},
         host_bytes=report.host_peak_bytes if report else None,
         pinned_bytes=(report.host_peak_bytes if device == "cuda" else 0) if report else None,
-        step_seconds=tuple(seconds),
-        part_seconds={
-            name: statistics.median(p.get(name, 0.0) for p in parts) for name in sorted({n for p in parts for n in p})
-        },
+        step_seconds=tuple(timed.seconds),
+        device_step_seconds=tuple(timed.device_seconds),
+        part_seconds=_medians(timed.parts),
         collective_bytes=dict(engine.comm.bytes),
         collective_calls=dict(engine.comm.calls),
         copy_bytes=dict(engine.executor.copy_bytes),
-        losses=tuple(losses),
+        copy_seconds=_medians(timed.copies),
+        losses=tuple(timed.losses),
+        attribution=attribution,
     )
+    if not options.reference:
+        return measured
+    trained = {name: param.cpu() for name, param in engine.full_parameters().items()}
+    del engine
+    gc.collect()  # it holds itself through its hooks
+    return replace(measured, parity=_parity(job, device, options, measured.losses, trained)) if rank == 0 else measured
 
 
-def _make_engine(job: Job, device: Device, options: SessionOptions) -> Engine:
-    with torch.device(device):
+def _medians(of_steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Median over the steps by name; a step without a name counts as 0."""
+    names = sorted({name for step in of_steps for name in step})
+    return {name: statistics.median(step.get(name, 0.0) for step in of_steps) for name in names}
+
+
+def _make_engine(job: Job, device: str, options: SessionOptions, is_real: bool) -> Engine:
+    """On a device with data the fp32 model is never there as a whole: its parameters are drawn into their groups."""
+    with torch.device("meta" if is_real else device):
         model = Decoder(job.model, seq_len=job.workload.seq_len)
-    if device != "meta":
-        model.reset_parameters(options.seed)
+    fill = None
+    if is_real:
+        hollow(model, torch.device(device))
+        model.fill_rotary_tables()
+        fill = initial_values(torch.device(device), options.seed)
     return initialize(
         model=model,
         strategy=job.strategy,
         n_micro_batches=job.n_micro_batches,
-        optimizer=OptimizerConfig(lr=options.lr),
+        optimizer=options.optimizer,
+        fill=fill,
     )
+
+
+def _parity(
+    job: Job, device: str, options: SessionOptions, losses: Sequence[float], trained: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Largest relative differences of rank 0's ``losses`` and of the ``trained`` parameters from plain training."""
+    with torch.device(device):
+        model = Decoder(job.model, seq_len=job.workload.seq_len)
+    model.reset_parameters(options.seed)
+    batches = [_Batches(job, device, options.seed + rank) for rank in range(job.dp)]
+    plain = train_plain(
+        model, job.strategy, options.optimizer, lambda _step, rank, _micro: batches[rank].next(), n_ranks=job.dp,
+        n_micro_batches=job.n_micro_batches, steps=options.warmup + options.steps + options.track_memory,
+    )  # fmt: skip
+    wanted = [step[0][-1] for step in plain.losses[options.warmup :]]
+    return {
+        "loss": max(abs(got - want) / abs(want) for got, want in zip(losses, wanted, strict=False)),
+        "params": relative_difference(trained, {name: param.cpu() for name, param in plain.params.items()}),
+    }
 
 
 class _Batches:
     """Random token ids and the labels one place further on."""
 
-    def __init__(self, job: Job, device: Device, seed: int) -> None:
+    def __init__(self, job: Job, device: str, seed: int) -> None:
         self.shape = (job.workload.micro_batch_size, job.workload.seq_len)
         self.vocab_size, self.device = job.model.vocab_size, device
         self.generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
@@ -142,29 +216,51 @@ def _train_step(engine: Engine, batches: _Batches) -> torch.Tensor:
     return loss.detach()
 
 
+@dataclass
+class _Timed:
+    """What the measured steps took, one entry per step."""
+
+    seconds: list[float] = field(default_factory=list)
+    device_seconds: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    copies: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
 def _timed_steps(
     engine: Engine, batches: _Batches, options: SessionOptions, on_step: Callable[[int, float], None] | None
-) -> tuple[list[float], list[dict[str, float]], list[float]]:
-    seconds, parts, losses = [], [], []
+) -> _Timed:
+    """Host and device meet once per step, at its end: within a step neither waits for the other more than it must."""
+    timed, clock = _Timed(), engine.executor.parts
+    cuda = engine.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
     for number in range(options.warmup + options.steps):
         if engine.comm.size > 1:
             torch.distributed.barrier()
-        start = engine._clock()
+        start_s, start = time.perf_counter(), clock.mark()
         loss = _train_step(engine, batches)
-        elapsed = engine._clock() - start
+        end = clock.mark()
+        if cuda:
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start_s
         if on_step is not None:
             on_step(number, elapsed)
         if number >= options.warmup:
-            seconds.append(elapsed)
-            parts.append(dict(engine.seconds))
-            losses.append(loss.item())
-    return seconds, parts, losses
+            timed.seconds.append(elapsed)
+            timed.device_seconds += [clock.between(start, end)] if cuda else []
+            timed.parts.append(engine.seconds)
+            timed.copies.append(engine.executor.streams.copy_seconds())
+            timed.losses.append(loss.item())
+    return timed
 
 
-def _metered_step(engine: Engine, batches: _Batches, steps: int) -> StepMemory:
-    """Live bytes of a step in steady state."""
-    ledger = Ledger()
-    with metered_by(ledger):
+def _metered_step(engine: Engine, batches: _Batches, steps: int) -> tuple[StepMemory, dict[str, Any]]:
+    """Live bytes of a step in steady state; on CUDA also those of the allocator, attributed to the same categories."""
+    with_history = engine.device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
+    history = AllocatorHistory() if with_history else None
+    ledger = Ledger(history.note if history else None)
+    with history or nullcontext(), metered_by(ledger):
         for storage in engine.storages:
             storage.meter_all()
         engine.meter_tables(ledger)
@@ -173,4 +269,4 @@ def _metered_step(engine: Engine, batches: _Batches, steps: int) -> StepMemory:
             ledger.start_step()
             _train_step(engine, batches)
         report = ledger.report()
-    return report
+    return report, history.attribution() if history else {}

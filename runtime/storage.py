@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from estimator.schedule.events import Buffer
 from estimator.sharding.layout import Group, Slot
 from runtime.context import current_ledger, managed_memory
 
+Fill = Callable[[str, Tensor], None]
+"""Writes the initial values of the parameter of that name into an fp32 tensor of its shape."""
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -68,8 +72,8 @@ class GroupStorage:
     def _meter(self, buffer: Buffer, alive: bool) -> None:
         ledger = current_ledger()
         if ledger is not None:
-            key = self.tensors[buffer.role].untyped_storage()._cdata
-            ledger.hold(key, buffer) if alive else ledger.release(key)
+            storage = self.tensors[buffer.role].untyped_storage()
+            ledger.hold(storage._cdata, buffer, storage) if alive else ledger.release(storage._cdata)
 
     def meter_all(self) -> None:
         """Report every buffer that is alive now (a ledger that starts later than the engine)."""
@@ -85,12 +89,18 @@ class GroupStorage:
     # ---- filling --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def adopt_parameters(self) -> None:
-        """Copy the model's own values into the flat buffers, then let the parameters view them."""
+    def adopt_parameters(self, names: list[str], fill: Fill | None) -> None:
+        """Copy the model's own values into the flat buffers, then let the parameters view them.
+
+        The values are the parameters' own, or what ``fill`` writes for the parameter of each name (``names``: in slot order).
+        """
         with managed_memory():
             full32 = torch.zeros(self.group.padded_numel, dtype=torch.float32, device=self.params[0].device)
-            for slot, param in zip(self.slots, self.params, strict=True):
-                _cut(full32, slot).copy_(param.detach())
+            for name, slot, param in zip(names, self.slots, self.params, strict=True):
+                if fill is None:
+                    _cut(full32, slot).copy_(param.detach())
+                else:
+                    fill(name, _cut(full32, slot))
             shard32 = self._own_slice(full32)
             if "master" in self.tensors:
                 self.tensors["master"].copy_(shard32)

@@ -39,6 +39,9 @@ class Case:
     metered: bool = True
     """Whether one further step meters live bytes by category. Its own peak can lie above that of the other steps, so a
     search for what just fits goes without. ``fake`` always meters."""
+    reference: bool = False
+    """Whether rank 0 then trains the same model on the same batches in plain PyTorch, and the case fails when the two differ
+    by more than rounding explains (``runtime.reference``); ``cpu`` and ``cuda``, where all ranks are real."""
 
     def __post_init__(self) -> None:
         require_choice("backend", self.backend, get_args(Backend))
@@ -52,6 +55,9 @@ class Case:
             require_int("memory_limit_bytes", self.memory_limit_bytes)
         if type(self.metered) is not bool or (self.backend == "fake" and not self.metered):
             raise invalid("metered", self.metered, "true" if self.backend == "fake" else "true or false")
+        if type(self.reference) is not bool or (self.reference and self.plays_one_rank):
+            alone = f"false with backend {self.backend!r}, which plays one rank alone"
+            raise invalid("reference", self.reference, alone if self.plays_one_rank else "true or false")
         if self.on_cuda and not self.warmup:
             raise invalid("warmup", 0, f"at least 1 with backend {self.backend!r}: the peak is read from then on")
         if not self.plays_one_rank and self.rank:

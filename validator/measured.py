@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from estimator.job.files import job_to_dict
@@ -25,13 +25,42 @@ class RankResult:
     """``cuda``: ``torch.cuda.max_memory_allocated`` since the last warm-up step; likewise ``reserved_bytes``."""
     reserved_bytes: int | None = None
     device_used_bytes: int | None = None
-    """``cuda``: total less free memory of the device, as the driver says after the last step."""
+    """``cuda``: largest of the readings after each timed step, in the meaning that ``facts["device_memory"]`` names."""
     capacity_bytes: int | None = None
+    cuda_context_bytes: int | None = None
+    """``cuda``: taken when the context was there and nothing was allocated; ``None``: not known apart from other processes'."""
+    comm_buffers_bytes: int | None = None
+    """``cuda``: growth outside of the allocator through making the process group and its first collective."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """``cuda``: for the provenance, ``validator.instruments``."""
+    peak_rss_bytes: int | None = None
+    """Most host memory that the process held."""
 
     @property
     def peak_bytes(self) -> int | None:
         """The allocator's own peak where there is one (it also sees what libraries allocate), else the metered one."""
         return self.session["peak_allocated_bytes"] if self.allocator_peak_bytes is None else self.allocator_peak_bytes
+
+    @property
+    def attribution(self) -> dict[str, Any]:
+        """What the allocator's history says; empty without one."""
+        return self.session["attribution"]
+
+    @property
+    def outside_allocator(self) -> dict[str, int]:
+        """Measured categories that no tensor belongs to."""
+        found = {"cuda_context": self.cuda_context_bytes, "comm_buffers": self.comm_buffers_bytes}
+        return {category: n_bytes for category, n_bytes in found.items() if n_bytes is not None}
+
+    def categories_at_peak(self) -> dict[str, int]:
+        """Of the allocator where its history was kept, else the metered ones."""
+        return {**(self.attribution or self.session)["category_bytes_at_peak"], **self.outside_allocator}
+
+    def category_peaks(self) -> dict[str, int]:
+        """The metered ones, and from the allocator's history what no tensor shows."""
+        seen = self.attribution.get("category_peak_bytes", {})
+        unseen = {"workspace": seen["workspace"]} if "workspace" in seen else {}
+        return {**self.session["category_peak_bytes"], **unseen, **self.outside_allocator}
 
 
 def interquartile_range(values: Sequence[float]) -> float | None:
@@ -73,8 +102,8 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
         device_used_bytes=worst.device_used_bytes,
         peak_phase=memory["peak_phase"],
         peak_where=memory["peak_where"],
-        category_bytes_at_peak=dict(memory["category_bytes_at_peak"]),
-        category_peak_bytes=dict(memory["category_peak_bytes"]),
+        category_bytes_at_peak=worst.categories_at_peak(),
+        category_peak_bytes=worst.category_peaks(),
         phase_peak_bytes=dict(memory["phase_peak_bytes"]),
         phase_category_bytes=dict(memory["phase_category_bytes"]),
         host_bytes=memory["host_bytes"],
@@ -91,6 +120,8 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
         collective_bytes=dict(memory["collective_bytes"]),
         collective_calls=dict(memory["collective_calls"]),
         copy_bytes=dict(memory["copy_bytes"]),
+        copy_s=dict(first["copy_seconds"]),
+        parity=dict(first["parity"]),
         capacity_bytes=capacity,
         fits=fits,
         explanation=explanation,
@@ -105,6 +136,10 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
             "losses": list(first["losses"]),
             "rank_peak_bytes": {str(r.rank): r.peak_bytes for r in results},
             "metered_peak_bytes": memory["peak_allocated_bytes"],
+            "peak_rss_bytes": {str(r.rank): r.peak_rss_bytes for r in results},
+            **({"device_step_seconds": list(first["device_step_seconds"])} if first["device_step_seconds"] else {}),
+            **({"allocator_history": worst.attribution} if worst.attribution else {}),
+            **worst.facts,
         },
     )
 
@@ -138,8 +173,12 @@ def _notes(case: Case, results: Sequence[RankResult]) -> tuple[str, ...]:
         notes.append("memory: live bytes metered in one further step, which is not timed")
     if case.on_cuda:
         notes.append(
-            "peak_allocated_bytes is the CUDA allocator's over the timed steps; its categories are the metered ones"
+            "peak_allocated_bytes is the CUDA allocator's over the timed steps; its categories are those of the metered step"
+            + (", by the allocator's history" if results[0].attribution else "")
         )
+        source = results[0].facts.get("device_memory", {}).get("meaning")
+        if source:
+            notes.append(f"device_used_bytes: {source}, most after any timed step")
     if len(results) > 1:
         notes.append("memory of the rank with the largest peak; time parts of rank 0")
     return tuple(notes)

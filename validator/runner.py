@@ -229,6 +229,8 @@ def _result(case: Case, status: int, out: Path, log: Path, kills_before: int | N
         when = f"after {n_done} step(s)" if n_done else "before the first step was over"
         what = f"rank {rank} ran out of memory {when}: {' '.join(failure['message'].split())[:400]}"
         return _does_not_fit(case, rank, what, failure["provenance"])
+    if "parity" in by_kind:
+        raise MeasureError(f"{case.label}: {by_kind['parity']['message']}")
     if "input" in by_kind:
         raise InputError(by_kind["input"]["message"])
     kills = _kernel_memory_kills()

@@ -22,7 +22,10 @@ from typing import Any
 from estimator.errors import InputError
 from validator import provenance
 from validator.case import Case, available_cores, read_case
+from validator.device_memory import DeviceMeter
+from validator.instruments import GpuInstruments, peak_rss_bytes
 from validator.measured import RankResult, build_report
+from validator.yardstick import Yardstick
 
 OnStep = Callable[[int, float], None]
 """Called with the step's number (warm-up included) and its seconds."""
@@ -30,10 +33,17 @@ VIRTUAL_DEVICE = "cuda"
 """Where ``cuda-virtual`` runs; tests play it on ``"cpu"``."""
 
 
-def run_case(case: Case, origin: dict[str, Any], on_step: OnStep) -> dict[str, Any] | None:
+class ParityError(Exception):
+    """The case trained otherwise than plain PyTorch does."""
+
+
+def run_case(
+    case: Case, origin: dict[str, Any], on_step: OnStep, meter: DeviceMeter | None = None
+) -> dict[str, Any] | None:
     """Runs ``case`` as this process's rank. Returns the report as plain data on rank 0 (and on a played rank).
 
-    ``origin`` is the provenance to write into it. Raises whatever the runtime raises, out of memory included.
+    ``origin`` is the provenance to write into it; ``meter`` was made before CUDA was touched. Raises whatever the runtime
+    raises, out of memory included, and ``ParityError`` when a case with ``reference`` is beyond its dtype's tolerance.
     """
     import torch
     import torch.distributed as dist
@@ -41,20 +51,41 @@ def run_case(case: Case, origin: dict[str, Any], on_step: OnStep) -> dict[str, A
     from runtime.session import SessionOptions, run_session
 
     rank, world = _rank_and_world(case)
+    gpu = None
+    if case.on_cuda and (case.backend == "cuda" or VIRTUAL_DEVICE == "cuda"):
+        meter = meter or DeviceMeter()
+        _take_gpu(torch, case)
+        gpu = GpuInstruments(torch.cuda, meter)
     device = _start_backend(case, rank, world, origin)
-    allocator: dict[str, int] = {}
+    if gpu is not None and dist.is_initialized() and not case.plays_one_rank:
+        dist.all_reduce(torch.zeros(1, device="cuda"))
+        gpu.network_is_up()
+    yardstick = Yardstick() if case.backend == "cpu" else None
+    yardstick_seconds: list[float] = []
 
     def on_each(number: int, seconds: float) -> None:
         on_step(number, seconds)
-        if device == "cuda" and number == case.warmup - 1:
-            torch.cuda.reset_peak_memory_stats()  # first steps also hold what libraries need once
-        elif device == "cuda" and number == case.warmup + case.steps - 1:
-            allocator.update(_allocator_facts(torch))  # before metering, under which autograd adds out of place
+        if yardstick is not None:  # between the steps: how fast the machine is just now
+            yardstick_seconds.append(yardstick.seconds(seconds))
+        if gpu is None:
+            return
+        gpu.after_step()
+        if number == case.warmup - 1:
+            gpu.warmed_up()
+        elif number == case.warmup + case.steps - 1:
+            gpu.finished()
 
     # one session does both: it times steps without metering memory, then meters one further step
-    options = SessionOptions(steps=case.steps, warmup=case.warmup, track_memory=case.metered, seed=case.seed)
+    compared = {"reference": True} if case.reference else {}
+    options = SessionOptions(
+        steps=case.steps, warmup=case.warmup, track_memory=case.metered, seed=case.seed, **compared
+    )
     session = run_session(case.job, device, options, rank=rank, on_step=on_each)
-    mine = RankResult(rank=rank, session=asdict(session), **allocator)
+    if yardstick is not None:
+        origin.update(yardstick=yardstick.name, yardstick_seconds=yardstick_seconds[case.warmup :])
+    mine = RankResult(
+        rank=rank, session=asdict(session), peak_rss_bytes=peak_rss_bytes(), **(gpu.facts() if gpu else {})
+    )
     results: list[Any] = [mine]
     if dist.is_initialized() and not case.plays_one_rank:
         results = [None] * world
@@ -62,7 +93,20 @@ def run_case(case: Case, origin: dict[str, Any], on_step: OnStep) -> dict[str, A
         dist.barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
-    return build_report(case, results, origin).to_dict() if rank == 0 or case.plays_one_rank else None
+    if rank != 0 and not case.plays_one_rank:
+        return None
+    report = build_report(case, results, origin)
+    _require_parity(case, report.parity)
+    return report.to_dict()
+
+
+def _require_parity(case: Case, parity: dict[str, float]) -> None:
+    if case.reference:
+        from runtime.reference import excess
+
+        what = excess(case.job.strategy.dtype, parity)
+        if what is not None:
+            raise ParityError(what)
 
 
 def _share_cores() -> None:
@@ -97,27 +141,26 @@ def _start_backend(case: Case, rank: int, world: int, origin: dict[str, Any]) ->
     import torch
     import torch.distributed as dist
 
-    if case.backend == "cuda-virtual" and VIRTUAL_DEVICE == "cuda":
-        _take_gpu(torch, case)
     if case.plays_one_rank:
         if world > 1:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        return "meta" if case.backend == "fake" else VIRTUAL_DEVICE
+        if case.backend == "fake":
+            return "fake-cpu" if case.job.cluster.gpu.arch == "cpu" else "meta"
+        return VIRTUAL_DEVICE
     if case.backend == "cpu":
         origin["memory_limit_bytes"] = _limit_memory(case)
         if world > 1:
             dist.init_process_group("gloo")
         return "cpu"
-    local_rank = _take_gpu(torch, case)
     if world > 1:
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     return "cuda"
 
 
-def _take_gpu(torch: Any, case: Case) -> int:
-    """Makes this process's GPU the current one and returns its number. Raises ``InputError`` when there is none."""
+def _take_gpu(torch: Any, case: Case) -> None:
+    """Makes this process's GPU the current one. Raises ``InputError`` when there is none."""
     local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= n_gpus:
         raise InputError(
@@ -125,7 +168,6 @@ def _take_gpu(torch: Any, case: Case) -> int:
             "that torch can use; allowed without a GPU: fake, cpu"
         )
     torch.cuda.set_device(local_rank)
-    return local_rank
 
 
 def _limit_memory(case: Case) -> int | None:
@@ -147,17 +189,6 @@ def _limit_memory(case: Case) -> int | None:
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     return limit
-
-
-def _allocator_facts(torch: Any) -> dict[str, int]:
-    """What the CUDA caching allocator and the driver say after the last timed step."""
-    free, total = torch.cuda.mem_get_info()
-    return {
-        "allocator_peak_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
-        "device_used_bytes": total - free,
-        "capacity_bytes": total,
-    }
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -192,6 +223,8 @@ def write_atomically(path: Path, data: Any) -> None:
 def _kind(error: BaseException) -> str:
     if isinstance(error, InputError):
         return "input"
+    if isinstance(error, ParityError):
+        return "parity"
     return "out_of_memory" if is_out_of_memory(error) else "crash"
 
 
@@ -218,9 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     origin: dict[str, Any] = {}
     try:
         case = read_case(args.case)
+        meter = DeviceMeter() if case.on_cuda else None
         _share_cores()
         origin = provenance.collect(with_torch=True)
-        report = run_case(case, origin, on_step)
+        report = run_case(case, origin, on_step, meter)
         if report is not None:
             write_atomically(args.out, report)
     except Exception as error:

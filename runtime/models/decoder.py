@@ -6,6 +6,8 @@ Shapes: B batch, S sequence, D model width, H heads, KV key/value heads, F MLP w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -143,14 +145,9 @@ class Decoder(nn.Module):
 
     def reset_parameters(self, seed: int = 0, std: float = 0.02) -> None:
         """Normal weights, unit norms, zero biases: the same values in every process for the same ``seed``."""
-        generator = torch.Generator(device=self.embed.tokens.weight.device).manual_seed(seed)
+        fill = initial_values(self.embed.tokens.weight.device, seed, std)
         for name, param in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(param)
-            elif "norm" in name:
-                nn.init.ones_(param)
-            else:
-                nn.init.normal_(param, std=std, generator=generator)
+            fill(name, param)
         self.fill_rotary_tables()
 
     def fill_rotary_tables(self) -> None:
@@ -172,6 +169,21 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, cos, sin)
         return self.head(x, labels)
+
+
+def initial_values(device: torch.device, seed: int = 0, std: float = 0.02) -> Callable[[str, Tensor], None]:
+    """What ``reset_parameters`` writes, parameter by parameter: call it with each name and tensor in their order."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def fill(name: str, param: Tensor) -> None:
+        if name.endswith("bias"):
+            nn.init.zeros_(param)
+        elif "norm" in name:
+            nn.init.ones_(param)
+        else:
+            nn.init.normal_(param, std=std, generator=generator)
+
+    return fill
 
 
 def _refuse_what_is_missing(spec: ModelSpec) -> None:

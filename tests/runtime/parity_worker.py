@@ -1,9 +1,8 @@
-"""Runs parity cases in a group of gloo processes, and the same training in plain PyTorch."""
+"""Runs parity cases in a group of gloo processes, and the same training in plain PyTorch (``runtime.reference``)."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from estimator.job import ModelSpec, Strategy
-from runtime import OptimizerConfig, initialize
+from runtime import initialize
 from runtime.models import Decoder
-from runtime.storage import TORCH_DTYPES
+from runtime.reference import PARITY_OPTIMIZER, train_plain
 from tests.runtime import tiny
 
 STEPS, BATCH, SEQ = 20, 2, 16
-OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-5)
-"""eps is raised because a key bias has a gradient of exactly zero in theory: Adam turns its rounding noise into steps."""
 
 
 class Case(NamedTuple):
@@ -75,7 +72,9 @@ def run_engine(case: Case, rank: int) -> Outcome:
     torch.manual_seed(0)
     model = Decoder(case.model)
     model.reset_parameters(0)
-    engine = initialize(model=model, strategy=case.strategy, n_micro_batches=case.accumulation, optimizer=OPTIMIZER)
+    engine = initialize(
+        model=model, strategy=case.strategy, n_micro_batches=case.accumulation, optimizer=PARITY_OPTIMIZER
+    )
     losses = []
     for _ in range(STEPS):
         total = torch.zeros(())
@@ -91,71 +90,16 @@ def run_engine(case: Case, rank: int) -> Outcome:
 
 
 def run_plain(case: Case) -> Outcome:
-    """Plain PyTorch in one process: the ranks' batches one after another, one fused AdamW on fp32 parameters.
-
-    Gradients are added in the order that the stage prescribes: over micro-batches first where they stay local
-    (stages 0, 1), over ranks first where every micro-batch is reduced (2, 3).
-    """
+    """The same training in plain PyTorch."""
     torch.set_num_threads(1)
-    dtype = TORCH_DTYPES[case.dtype]
     model = Decoder(case.model)
     model.reset_parameters(0)
-    masters = [p.detach().clone() for p in model.parameters()]
-    model.to(dtype)
-    params = list(model.parameters())
-    adam = torch.optim.AdamW(
-        masters,
-        lr=OPTIMIZER.lr,
-        betas=OPTIMIZER.betas,
-        eps=OPTIMIZER.eps,
-        weight_decay=OPTIMIZER.weight_decay,
-        fused=True,
-    )
-    scale = 2.0**16 if case.dtype == "fp16" else 1.0
-    losses = []
-    for _ in range(STEPS):
-        total, grads = _summed_gradients(model, params, case, scale)
-        for master, grad in zip(masters, grads, strict=True):
-            master.grad = grad.float() / (case.world * scale)
-        overflow = not all(bool(torch.isfinite(m.grad).all()) for m in masters if m.grad is not None)
-        if overflow:
-            scale /= 2
-        else:
-            if case.clip:
-                torch.nn.utils.clip_grad_norm_(masters, case.clip)
-            adam.step()
-        with torch.no_grad():
-            for param, master in zip(params, masters, strict=True):
-                param.copy_(master)
-        losses.append(total / (case.accumulation * case.world))
-    names = [name for name, _ in model.named_parameters()]
-    return Outcome(losses, dict(zip(names, masters, strict=True)), {}, {})
-
-
-def _summed_gradients(
-    model: Decoder, params: list[torch.nn.Parameter], case: Case, scale: float
-) -> tuple[float, list[Tensor]]:
-    """Sum of the losses and gradients of all micro-batches of all ranks, added in the order of ``case``'s stage."""
-    ranks_first = case.stage >= 2 and case.world > 1
-    outer_range, inner_range = range(case.world), range(case.accumulation)
-    if ranks_first:
-        outer_range, inner_range = inner_range, outer_range
-    total, outer_sum = 0.0, None
-    for outer in outer_range:
-        inner_sum = None
-        for inner in inner_range:
-            micro, rank = (outer, inner) if ranks_first else (inner, outer)
-            loss = model(*batch(micro, rank))
-            total += loss.item()
-            inner_sum = _plus(inner_sum, torch.autograd.grad(loss * (scale / case.accumulation), params))
-        assert inner_sum is not None
-        outer_sum = _plus(outer_sum, inner_sum)
-    assert outer_sum is not None
-    return total, outer_sum
-
-
-def _plus(sums: list[Tensor] | None, more: Sequence[Tensor]) -> list[Tensor]:
-    return list(more) if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
+    plain = train_plain(
+        model, case.strategy, PARITY_OPTIMIZER, lambda _, rank, micro: batch(micro, rank),
+        n_ranks=case.world, n_micro_batches=case.accumulation, steps=STEPS,
+    )  # fmt: skip
+    totals = [sum(itertools.chain.from_iterable(step)) for step in plain.losses]
+    return Outcome([total / (case.accumulation * case.world) for total in totals], plain.params, {}, {})
 
 
 def worker(rank: int, world: int, folder: str, cases: list[Case]) -> None:

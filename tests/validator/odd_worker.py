@@ -44,6 +44,10 @@ class Measurement:
     collective_calls: dict[str, int]
     copy_bytes: dict[str, int]
     losses: tuple[float, ...]
+    device_step_seconds: tuple[float, ...] = ()
+    copy_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    attribution: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parity: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def run_session(

@@ -292,7 +292,8 @@ def test_live_bytes_above_the_capacity_do_not_fit(make_job):
         "step_seconds": (), "part_seconds": {}, "losses": (),
         "peak_allocated_bytes": 177, "peak_phase": "forward", "peak_where": "embed", "category_bytes_at_peak": {"params": 177},
         "category_peak_bytes": {"params": 177}, "phase_peak_bytes": {"forward": 177}, "phase_category_bytes": {"forward": {"params": 177}}, "host_bytes": 0, "pinned_bytes": 0,
-        "collective_bytes": {}, "collective_calls": {}, "copy_bytes": {},
+        "collective_bytes": {}, "collective_calls": {}, "copy_bytes": {}, "copy_seconds": {}, "device_step_seconds": (),
+        "attribution": {}, "parity": {},
     }  # fmt: skip
     result = RankResult(rank=0, session=session)
     report = build_report(Case(job=make_job(memory_bytes=150), backend="fake"), [result], {})

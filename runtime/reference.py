@@ -1,0 +1,135 @@
+"""The same training in plain PyTorch: one process, whole parameters, torch's own optimizers. What the engine must equal.
+
+Gradients are added in the order that the stage prescribes: over micro-batches first where they stay local (stages 0, 1),
+over ranks first where every micro-batch is reduced (2, 3). So on one and two ranks (a + b = b + a) both give the same bits
+on a CPU; beyond, communication libraries add in an order of their own, and attention's backward pass on a GPU in any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from estimator.job.strategy import Strategy
+from runtime.optimizer import LossScaler, OptimizerConfig
+from runtime.storage import TORCH_DTYPES
+
+Batches = Callable[[int, int, int], tuple[Tensor, ...]]
+"""The inputs of one forward pass by step, rank and micro-batch; asked for once each, micro-batches of a rank in order."""
+PARITY_OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-5)
+"""For comparing: eps is raised because a key bias has a gradient of exactly zero in theory, and Adam turns its rounding
+noise into steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """Largest differences between the engine and plain PyTorch that rounding explains, relative."""
+
+    loss: float
+    params: float
+    """Norm of the difference over the norm, all parameters as one vector."""
+
+
+TOLERANCES = {
+    "fp32": Tolerance(loss=1e-6, params=1e-6),
+    "bf16": Tolerance(loss=2e-2, params=2e-3),
+    "fp16": Tolerance(loss=2e-2, params=2e-3),
+}
+"""By dtype; measured on four gloo ranks, whose sums round in another order, over 20 steps of small models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainOutcome:
+    """What plain training gives."""
+
+    losses: list[list[list[float]]]
+    """By step, rank and micro-batch."""
+    params: dict[str, Tensor]
+    """fp32 masters by name."""
+
+
+def train_plain(
+    model: nn.Module, strategy: Strategy, optimizer: OptimizerConfig, batches: Batches, *, n_ranks: int,
+    n_micro_batches: int, steps: int,
+) -> PlainOutcome:  # fmt: skip
+    """Train ``model`` (fp32, returns its loss) as ``n_ranks`` ranks would, their batches one after another.
+
+    Of ``strategy`` only the stage's order of additions, dtype, optimizer and clipping matter: sharding, offload and
+    recomputation change nothing. The model is left in the strategy's dtype.
+    """
+    masters = [p.detach().clone() for p in model.parameters()]
+    model.to(TORCH_DTYPES[strategy.dtype])
+    params = list(model.parameters())
+    stepper = _optimizer(strategy, optimizer, masters)
+    scaler = LossScaler(strategy.dtype)
+    ranks_first = strategy.zero_stage >= 2 and n_ranks > 1
+    losses = []
+    for step in range(steps):
+        losses.append([[0.0] * n_micro_batches for _ in range(n_ranks)])
+
+        def gradients(rank: int, micro: int, step: int = step) -> Sequence[Tensor]:
+            loss = model(*batches(step, rank, micro))
+            losses[step][rank][micro] = loss.item()
+            return torch.autograd.grad(loss * (scaler.scale / n_micro_batches), params)
+
+        if ranks_first:
+            total = _sum(_sum(gradients(r, m) for r in range(n_ranks)) for m in range(n_micro_batches))
+        else:
+            total = _sum(_sum(gradients(r, m) for m in range(n_micro_batches)) for r in range(n_ranks))
+        for master, grad in zip(masters, total, strict=True):
+            master.grad = grad.float() / (n_ranks * scaler.scale)
+        overflow = scaler.enabled and not all(bool(torch.isfinite(m.grad).all()) for m in masters if m.grad is not None)
+        if not overflow:
+            if strategy.grad_clip > 0:
+                _clip(masters, strategy.grad_clip)
+            stepper.step()
+        scaler.record(overflow)
+        with torch.no_grad():
+            for param, master in zip(params, masters, strict=True):
+                param.copy_(master)
+    names = [name for name, _ in model.named_parameters()]
+    return PlainOutcome(losses=losses, params=dict(zip(names, masters, strict=True)))
+
+
+def _sum(terms: Iterable[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """Term by term from the first on."""
+    return reduce(lambda total, more: [a + b for a, b in zip(total, more, strict=True)], terms)
+
+
+def _clip(masters: list[Tensor], most: float) -> None:
+    """By the global norm, summed in fp64: ``clip_grad_norm_`` loses a thousandth on a CPU's long vectors."""
+    square = sum((m.grad.double().square().sum() for m in masters if m.grad is not None), torch.zeros(()))
+    nn.utils.clip_grads_with_norm_(masters, most, square.sqrt().float())
+
+
+def _optimizer(strategy: Strategy, config: OptimizerConfig, masters: list[Tensor]) -> torch.optim.Optimizer:
+    if strategy.optimizer == "sgd":
+        return torch.optim.SGD(
+            masters, lr=config.lr, momentum=config.betas[0], weight_decay=config.weight_decay, fused=True
+        )
+    kind = torch.optim.AdamW if strategy.optimizer == "adamw" else torch.optim.Adam
+    return kind(masters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+
+
+def relative_difference(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
+    """Norm of ``got - want`` over the norm of ``want``, both taken as one vector. Raises ``ValueError`` on other names."""
+    if got.keys() != want.keys():
+        raise ValueError(f"parameters differ in name: {sorted(got.keys() ^ want.keys())}")
+    square = sum(float((got[name].double() - want[name].double()).square().sum()) for name in want)
+    norm = sum(float(tensor.double().square().sum()) for tensor in want.values())
+    return (square / max(norm, 1e-24)) ** 0.5
+
+
+def excess(dtype: str, parity: Mapping[str, float]) -> str | None:
+    """One sentence when ``parity`` (``loss`` and ``params``) is beyond ``dtype``'s tolerance."""
+    allowed = TOLERANCES[dtype]
+    for name, limit in (("loss", allowed.loss), ("params", allowed.params)):
+        if not parity[name] <= limit:  # also when it is no number
+            return (
+                f"{name} differs from plain PyTorch by {parity[name]:.1e} relative; allowed with {dtype}: {limit:.0e}"
+            )
+    return None
