@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from estimator.job.job import Job
-from estimator.job.strategy import OPTIMIZER_STATES
 from estimator.ops.cost import UnitCost
 from estimator.ops.operator import Op
+from estimator.ops.streaming import around_step, fused_step
 from estimator.time.network import CollectiveOp, CollectiveTimer
 from estimator.time.operators import OperatorTimer, curve_seconds, seconds_curve
 from estimator.time.profile import HardwareProfile
-from estimator.units import DTYPE_BYTES
 
 PassTime = tuple[str, float, float, float]
 """Part, device seconds, seconds from issue to end if the device never lags, seconds of issuing. With compute clock
@@ -107,9 +106,7 @@ class Durations:
 
     def _passes_bytes(self) -> int:
         """Bytes per element moved by the passes before and after the fused optimizer step."""
-        width = DTYPE_BYTES[self.job.strategy.dtype]
-        scale = 8
-        return scale if self.job.strategy.dtype == "fp32" else (width + 4) + scale + (4 + width)
+        return sum(op.n_bytes for op in around_step(self.job.strategy.dtype, 1))
 
     def _host_stream(self, n_bytes: int, on_host: bool) -> float:
         if on_host and not self.is_cpu:
@@ -118,7 +115,7 @@ class Durations:
 
     def _update_bytes(self) -> int:
         """Bytes per element of the fused step: fp32 gradient read, states and parameters read and written."""
-        return 4 + 8 * (OPTIMIZER_STATES[self.job.strategy.optimizer] + 1)
+        return fused_step(self.job.strategy.optimizer, 1).n_bytes
 
     def _host_rate(self) -> float:
         """Elements per second of one rank: published rates are a whole node's, measured ones one process's of many.

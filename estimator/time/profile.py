@@ -35,6 +35,8 @@ class MatmulPoint(NamedTuple):
     spread: float = 0.0
     source: str = ""
     """Key into the profile's ``sources``."""
+    layout: str = "nt"
+    """Of row-major operands: ``nt`` (x W', a linear layer), ``nn`` (its input's gradient), ``tn`` (its weight's)."""
 
 
 class AttentionPoint(NamedTuple):
@@ -50,6 +52,9 @@ class AttentionPoint(NamedTuple):
     threads: int = 1
     spread: float = 0.0
     source: str = ""
+    n_heads: int = 0
+    """Query heads and key/value heads; 0 where the source does not say."""
+    n_kv_heads: int = 0
 
 
 class BandwidthPoint(NamedTuple):
@@ -80,11 +85,12 @@ class CollectivePoint(NamedTuple):
 
 
 class CopyPoint(NamedTuple):
-    """A copy between device and host memory."""
+    """A copy between device and host memory, or within the device's."""
 
     direction: str
-    """``h2d`` or ``d2h``."""
+    """``h2d``, ``d2h``, ``both`` (those two at once) or ``d2d`` (device memory to device memory)."""
     bytes: int
+    """Copied by all that ran at once: half of them each way where the direction is ``both``."""
     bytes_per_s: float
     pinned: bool = True
     workers: int = 1
@@ -107,6 +113,43 @@ class HostPoint(NamedTuple):
     source: str = ""
     overlap: float = 0.0
     """CPU: share of a collective's seconds that arithmetic hides when both run at once."""
+
+
+class OptimizerPoint(NamedTuple):
+    """The runtime's offloaded AdamW step of one process on ``threads`` threads of the host: gradients widened and
+    scaled, fp32 masters and states updated, new parameters written in ``dtype``."""
+
+    threads: int
+    dtype: str
+    """Of gradients and parameters."""
+    elements_per_s: float
+    spread: float = 0.0
+    source: str = ""
+
+
+class FilePoint(NamedTuple):
+    """Direct (uncached) file input and output by ``queue`` threads, each with one block under way."""
+
+    direction: str
+    """``read`` or ``write``."""
+    block_bytes: int
+    queue: int
+    bytes_per_s: float
+    spread: float = 0.0
+    source: str = ""
+
+
+class OverheadPoint(NamedTuple):
+    """Seconds of something that moves no data to speak of."""
+
+    name: str
+    """``launch``: the host issues one kernel; ``kernel``: the device runs a kernel that does nothing, others queued
+    behind it; ``cached_alloc``: the allocator hands out and takes back a block that it keeps; ``segment_alloc``: it
+    gets a fresh segment of ``bytes`` from the driver."""
+    seconds: float
+    bytes: int = 0
+    spread: float = 0.0
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +234,11 @@ class HardwareProfile:
     collectives: tuple[CollectivePoint, ...] = ()
     copies: tuple[CopyPoint, ...] = ()
     host_points: tuple[HostPoint, ...] = ()
+    optimizer_steps: tuple[OptimizerPoint, ...] = ()
+    files: tuple[FilePoint, ...] = ()
+    overheads: tuple[OverheadPoint, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """What calibration did not measure -> why."""
     spread: Mapping[str, float] = field(default_factory=dict)
     """Relative uncertainty by kind (``matmul``, ``attention``, ``bandwidth``, ``collective``, ``copy``, ``host``).
     Measured: median interquartile range of the points. Published: root mean square of the logarithm of published

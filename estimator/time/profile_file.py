@@ -18,10 +18,13 @@ from estimator.time.profile import (
     ChipModel,
     CollectivePoint,
     CopyPoint,
+    FilePoint,
     HardwareProfile,
     HostPoint,
     LinkModel,
     MatmulPoint,
+    OptimizerPoint,
+    OverheadPoint,
     Reference,
 )
 
@@ -35,6 +38,9 @@ _POINTS: dict[str, Any] = {
     "collectives": CollectivePoint,
     "copies": CopyPoint,
     "host_points": HostPoint,
+    "optimizer_steps": OptimizerPoint,
+    "files": FilePoint,
+    "overheads": OverheadPoint,
 }
 _PARTS: dict[str, Any] = {"gpu": Gpu, "host": Host, "reference": Reference, "chip": ChipModel, "link": LinkModel}
 _ORIGINS = ("measured", "published", "default")

@@ -1,26 +1,30 @@
-"""What is measured: a list of small tasks, the indispensable ones first."""
+"""What is measured: a list of small tasks, the indispensable ones first. Sizes are in ``validator.calibrate.sizes``."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from estimator.units import KIB, MIB
+from estimator.units import format_bytes
+from validator.calibrate import sizes as of
 
 Device = Literal["cpu", "cuda"]
 Effort = Literal["full", "quick"]
 
 DTYPES = ("fp32", "bf16", "fp16")
+DEFAULT_DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp16", "fp32")}
 
 
 class Task(NamedTuple):
-    """One point to measure. ``sizes`` depends on ``kind``: see the builders below."""
+    """One point to measure. ``sizes`` depends on ``kind``."""
 
     kind: str
-    """``matmul`` (m, n, k); ``attention`` (seq_len, head_dim); ``bandwidth``, ``collective``, ``copy`` (bytes,);
-    ``host`` () ."""
+    """``matmul`` (m, n, k); ``attention`` (seq_len, heads, key/value heads, head_dim); ``bandwidth``, ``collective``,
+    ``copy`` (bytes,); ``optimizer`` (threads, elements); ``file`` (block bytes, queue, file bytes); ``overhead`` (bytes,); ``host`` ()."""
     name: str
-    """Operator: ``forward``/``backward`` of attention, a bandwidth kind, a collective, ``h2d``/``d2h``, a host figure."""
+    """Layout of a product; ``forward``/``backward`` of attention; a kernel of ``validator.kernels``; a collective; the
+    direction of a copy or file; what a host figure or overhead is of."""
     dtype: str
     sizes: tuple[int, ...] = ()
     backward: bool = False
@@ -32,88 +36,159 @@ class Task(NamedTuple):
         """Identity in the file of points done so far."""
         return json.dumps([workers, *self[:-1]])
 
-
-_CPU_SHAPES = (
-    (512, 512, 512), (1024, 1024, 1024), (64, 256, 256), (1024, 512, 2048), (1024, 2048, 512), (512, 512, 1024),
-    (256, 512, 512), (2048, 512, 1024), (4096, 256, 256), (256, 256, 4096), (1024, 4096, 512), (4096, 512, 1024),
-    (128, 1024, 1024), (512, 1536, 384), (1024, 384, 1536), (128, 128, 128), (2048, 1024, 1024), (512, 4096, 256),
-    (1024, 1024, 4096), (4096, 1024, 512), (64, 4096, 4096), (2048, 2048, 2048),
-)  # fmt: skip
-"""m, n, k as transformer layers have them: tokens x width x width forward, width x width x tokens for weight gradients."""
-
-_CUDA_SHAPES = (
-    (4096, 4096, 4096), (1024, 1024, 1024), (2048, 2048, 2048), (8192, 8192, 8192), (4096, 14336, 4096),
-    (4096, 4096, 14336), (14336, 4096, 4096), (8192, 4096, 4096), (2048, 4096, 4096), (512, 4096, 4096),
-    (4096, 1024, 4096), (16384, 4096, 4096), (8192, 6144, 4096), (8192, 28672, 8192), (8192, 8192, 1024),
-    (1024, 8192, 8192), (4096, 128256, 4096), (256, 256, 256),
-)  # fmt: skip
-
-BANDWIDTH_KINDS = (
-    ("elementwise", False), ("accumulate_grad", False), ("activation", False), ("activation", True), ("norm", False),
-    ("norm", True), ("rms_norm", False), ("rms_norm", True), ("loss", False), ("loss", True),
-    ("gated_activation", False), ("gated_activation", True), ("embedding", False), ("embedding", True),
-    ("rotary", False), ("rotary", True),
-)  # fmt: skip
-"""Operators bound by memory that are timed on their own: ``Op`` kinds and names, forward and backward."""
-
-COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
+    def label(self, workers: int) -> str:
+        """For people."""
+        if self.kind in ("bandwidth", "copy", "collective", "overhead", "file"):
+            size = format_bytes(self.sizes[0]) if self.sizes[0] else ""
+            size += f" x {self.sizes[1]}" if self.kind == "file" else ""
+        else:
+            size = "x".join(map(str, self.sizes))
+        pinned = "pageable" if self.kind == "copy" and not self.pinned else ""
+        direction = "backward" if self.backward and self.name != "backward" else ""
+        at_once = f"({workers} at once)" if workers > 1 else ""
+        dtype = "" if self.kind in ("copy", "file", "overhead", "host") else self.dtype
+        return " ".join(x for x in (self.kind, self.name, direction, pinned, size, dtype, at_once) if x)
 
 
-BIG_KINDS = ("elementwise", "accumulate_grad")
+def task_of(key: str) -> tuple[int, Task]:
+    """Inverse of ``Task.key``: workers and the task."""
+    workers, kind, name, dtype, size, backward, pinned = json.loads(key)
+    return workers, Task(kind, name, dtype, tuple(size), backward, pinned)
 
 
-def tasks_for(device: Device, workers: int, dtypes: tuple[str, ...], effort: Effort) -> list[Task]:
-    """Tasks of one round, in which ``workers`` processes run each task at once."""
-    cpu, quick = device == "cpu", effort == "quick"
-    shapes = (_CPU_SHAPES if cpu else _CUDA_SHAPES)[: 3 if quick else None]
+def tasks_for(
+    device: Device, workers: int, dtypes: tuple[str, ...], effort: Effort, *, cores: int = 1, files: bool = False
+) -> list[Task]:
+    """Tasks of one round, in which ``workers`` processes run each task at once.
+
+    On a GPU only collectives have more than one worker. ``cores`` bounds the threads of optimizer steps; ``files``
+    says whether there is a folder to read and write in.
+    """
+    quick, cuda = effort == "quick", device == "cuda"
+    collectives = _collectives(device, dtypes, quick) if workers > 1 else []
+    if cuda and workers > 1:
+        return [t._replace(essential=i < 12) for i, t in enumerate(collectives)]
+    matmul = _matmul(device, workers, dtypes, quick)
+    attention = _attention(device, workers, dtypes, quick)
+    bandwidth = _bandwidth(device, workers, dtypes, quick)
+    copies = _copies(device, quick)
+    host = [Task("host", name, "fp32") for name in ("op", "autograd_op", "adam")]
+    host += [Task("host", "memory", "fp32")] if cuda else []
+    host += [Task("host", name, "fp32") for name in ("arithmetic", "all_reduce", "both")] if collectives else []
+    alone = workers == 1
+    optimizer = _optimizer(cores, quick) if alone else []
+    overheads = _overheads(device) if alone else []
+    file_tasks = _files(quick) if alone and files else []
+    first = [
+        matmul[: 2 * len(dtypes)], attention[: 2 * len(dtypes)], host, bandwidth[: 2 * len(dtypes)], copies[:2],
+        collectives[:12],
+    ]  # fmt: skip
+    essential = list(dict.fromkeys(task for group in first for task in group))
+    groups = (matmul, bandwidth, attention, collectives, copies, optimizer, overheads, file_tasks)
+    rest = [task for task in _interleaved(groups) if task not in set(essential)]
+    return [t._replace(essential=True) for t in essential] + rest
+
+
+def _interleaved(groups: Sequence[list[Task]]) -> list[Task]:
+    """Evenly mixed, so that a spent budget thins out every kind alike."""
+    ordered = sorted((i / len(group), j, task) for j, group in enumerate(groups) for i, task in enumerate(group))
+    return [task for _, _, task in ordered]
+
+
+def _matmul(device: str, workers: int, dtypes: tuple[str, ...], quick: bool) -> list[Task]:
+    """Layer shapes in every dtype; other layouts, odd shapes and dtypes that only products have, where one runs alone."""
+    shapes = of.CPU_SHAPES if device == "cpu" else of.CUDA_SHAPES
+    others = of.CPU_LAYOUTS if device == "cpu" else of.CUDA_LAYOUTS
     if quick:
-        shapes = tuple((m // 8, n // 8, k // 8) for m, n, k in shapes)
-    matmul = [Task("matmul", "matmul", d, shape) for shape in shapes for d in dtypes]
-    seqs = (128,) if quick else (256, 1024, 128, 512) if cpu else (2048, 8192, 512, 4096, 16384)
-    heads = (64,) if quick or cpu else (128, 64)
-    attention = [
-        Task("attention", direction, d, (s, h), direction == "backward")
-        for s in seqs
-        for h in heads
+        shapes = tuple((m // 8, n // 8, k // 8) for m, n, k in shapes[:3])
+        others = tuple((layout, m // 8, n // 8, k // 8) for layout, m, n, k in others[:3])
+    found = [Task("matmul", "nt", d, shape) for shape in shapes for d in dtypes]
+    if workers > 1:
+        return found
+    found += [Task("matmul", layout, d, (m, n, k)) for layout, m, n, k in others for d in dtypes if d != "fp16"]
+    if device == "cuda":
+        found += [Task("matmul", "nt", "tf32", shape) for shape in shapes[:10]]
+        found += [Task("matmul", "nt", "fp8", shape) for shape in shapes[:12]]
+    return found
+
+
+def _attention(device: str, workers: int, dtypes: tuple[str, ...], quick: bool) -> list[Task]:
+    shapes = of.QUICK_ATTENTION if quick else of.CPU_ATTENTION if device == "cpu" else of.CUDA_ATTENTION
+    if workers > 1:  # the plain shapes tell how processes slow each other
+        shapes = shapes[:4]
+    return [
+        Task("attention", direction, d, shape, direction == "backward")
+        for i, shape in enumerate(shapes)
         for direction in ("forward", "backward")
         for d in dtypes
-        if cpu or d != "fp32"
+        if device == "cpu" or d == "bf16" or i < 6
     ]
-    byte_sizes = (64 * KIB, MIB) if quick else (MIB, 16 * MIB, 64 * KIB) if cpu else (64 * MIB, MIB, 512 * MIB)
-    bandwidth = [
-        Task("bandwidth", kind, d, (size,), backward)
+
+
+def _bandwidth(device: str, workers: int, dtypes: tuple[str, ...], quick: bool) -> list[Task]:
+    """Kernels that forecasts ask for over every size, then those of the same family at the largest."""
+    from validator.kernels.table import KERNELS
+
+    byte_sizes = of.QUICK_BYTES if quick else of.CPU_BYTES if device == "cpu" else of.CUDA_BYTES
+    named = {(k.name, k.backward): k for k in KERNELS}
+    main = [named[name, backward] for name, backward in of.MAIN_KERNELS[: 6 if quick else None]]
+    found = [
+        Task("bandwidth", k.name, d, (size,), k.backward)
         for size in byte_sizes
-        for kind, backward in (BANDWIDTH_KINDS[:6] if quick else BANDWIDTH_KINDS)
+        for k in main
         for d in dtypes
+        if d in k.dtypes
     ]
-    if cpu and not quick:  # beyond the caches
-        bandwidth[:0] = [Task("bandwidth", kind, d, (64 * MIB,)) for kind in BIG_KINDS for d in dtypes]
-    copies = [
+    if device == "cpu" and not quick:  # beyond the caches
+        found[:0] = [Task("bandwidth", name, d, (of.BIG_BYTES,)) for name in of.STREAMING_KERNELS for d in dtypes]
+    if workers > 1 or quick:
+        return found
+    others = [k for k in KERNELS if (k.name, k.backward) not in of.MAIN_KERNELS]
+    return found + [
+        Task("bandwidth", k.name, d, (size,), k.backward)
+        for size in byte_sizes[:2]
+        for k in others
+        for d in dtypes
+        if d in k.dtypes and (d != "fp16" or device == "cpu")
+    ]
+
+
+def _copies(device: str, quick: bool) -> list[Task]:
+    if device == "cpu":
+        found = of.QUICK_BYTES if quick else of.CPU_BYTES
+        return [Task("copy", direction, "fp32", (size,)) for size in found for direction in ("h2d", "d2h")]
+    return [
         Task("copy", direction, "fp32", (size,), pinned=pinned)
-        for size in byte_sizes
-        for direction in ("h2d", "d2h")
-        for pinned in ((True,) if cpu else (True, False))
+        for size in (of.QUICK_BYTES if quick else of.COPY_BYTES)
+        for pinned in (True, False)
+        for direction in ("h2d", "d2h", "both", "d2d")
+        if pinned or direction != "d2d"
     ]
-    host = [Task("host", name, "fp32") for name in ("op", "autograd_op", "adam")]
-    collectives: list[Task] = []
-    if workers > 1 and cpu:
-        host += [Task("host", name, "fp32") for name in ("arithmetic", "all_reduce", "both")]
-    if workers > 1:
-        sizes = (4 * KIB, MIB) if quick else (4 * KIB, 16 * MIB, MIB, 64 * KIB, 4 * MIB, 64 * MIB, 512 * KIB)
-        collectives = [
-            Task("collective", op, d, (size,)) for size in sizes for op in COLLECTIVES for d in dtypes if d != "fp16"
-        ]
-    first = [
-        matmul[: 2 * len(dtypes)],
-        attention[: 2 * len(dtypes)],
-        host,
-        bandwidth[: 2 * len(dtypes)],
-        copies[:2],
-        collectives[:12],
-    ]
-    essential = [task for group in first for task in group]
-    groups = (matmul, bandwidth, attention, collectives, copies)
-    # evenly interleaved, so that a spent budget thins out every kind alike
-    ordered = sorted((i / len(group), j, task) for j, group in enumerate(groups) for i, task in enumerate(group))
-    rest = [task for _, _, task in ordered if task not in essential]
-    return [t._replace(essential=True) for t in essential] + rest
+
+
+def _collectives(device: str, dtypes: tuple[str, ...], quick: bool) -> list[Task]:
+    byte_sizes = of.QUICK_MESSAGES if quick else of.CPU_MESSAGES if device == "cpu" else of.CUDA_MESSAGES
+    names = of.COLLECTIVES[: 3 if device == "cpu" else None]
+    return [Task("collective", op, d, (size,)) for size in byte_sizes for op in names for d in dtypes if d != "fp16"]
+
+
+def _optimizer(cores: int, quick: bool) -> list[Task]:
+    """Every power of two of threads up to all cores."""
+    counts = sorted({cores, *(1 << i for i in range(cores.bit_length()) if 1 << i <= cores)})
+    numel = of.OPTIMIZER_NUMEL >> (4 if quick else 0)
+    found = [Task("optimizer", "step", "bf16", (threads, numel)) for threads in counts]
+    return [*found, Task("optimizer", "step", "fp32", (cores, numel))]
+
+
+def _overheads(device: str) -> list[Task]:
+    found = [Task("overhead", "cached_alloc", "fp32", (size,)) for size in of.ALLOC_BYTES]
+    if device == "cuda":
+        found[:0] = [Task("overhead", name, "fp32", (0,)) for name in ("launch", "kernel")]
+        found += [Task("overhead", "segment_alloc", "fp32", (size,)) for size in of.SEGMENT_BYTES]
+    return found
+
+
+def _files(quick: bool) -> list[Task]:
+    blocks, queues = (of.QUICK_BLOCKS, of.QUICK_QUEUES) if quick else (of.BLOCKS, of.QUEUES)
+    size = of.QUICK_FILE_BYTES if quick else of.FILE_BYTES
+    return [Task("file", way, "fp32", (b, q, size)) for q in queues for b in blocks for way in ("read", "write")]

@@ -22,21 +22,26 @@ if TYPE_CHECKING:
 )
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="What to measure.")
 @click.option("--gpu", "gpu_name", metavar="NAME", help="With cuda: the GPU's catalogue name, where it cannot be told.")
-@click.option(
-    "--budget", type=float, default=60.0, show_default=True, metavar="SECONDS", help="About how long to measure."
-)
+@click.option("--budget", type=float, metavar="SECONDS", help="About how long it takes [default: 60; with cuda 240].")
 @click.option("--effort", default="full", show_default=True, metavar="quick|full", help="How many sizes to measure.")
 @click.option("--workers", metavar="N,N", help="Processes at once, one round each [default: 1,2,4; on a GPU 1].")
+@click.option("--nvme", type=click.Path(path_type=Path), metavar="DIR", help="Read and write files in this folder too.")
+@click.option(
+    "--nccl-tests", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
+    help="Put in what all_reduce_perf and its sisters printed; may be given again.",
+)  # fmt: skip
+@click.option("--import-only", is_flag=True, help="Measure nothing: put --nccl-tests into the profile that is there.")
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Profile to write; default: beside the store."
 )
 @store_flag
 @json_flag
 def command(
-    device: str, gpu_name: str | None, budget: float, effort: str, workers: str | None, out: Path | None,
-    store_path: Path | None, as_json: bool,
+    device: str, gpu_name: str | None, budget: float | None, effort: str, workers: str | None, nvme: Path | None,
+    nccl_tests: tuple[Path, ...], import_only: bool, out: Path | None, store_path: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure matrix products, attention, memory, copies, collectives and the host, and write a profile.
+    """Measure matrix products, attention, memory, copies, collectives, the host and (with --nvme) files, and write a
+    profile: docs/calibration.md.
 
     Forecasts for this machine use the profile beside the store by themselves (--gpu cpu, or the GPU's name), others take
     it with --profile. An interrupted calibration goes on where it stopped.
@@ -46,7 +51,17 @@ def command(
 
     gpu = local_gpu(gpu_name) if device == "cuda" else None
     path = out or profiles_folder(store_path) / f"{gpu.name if gpu else 'cpu'}.json"
-    profile = run_calibration(path, device=device, budget_s=budget, effort=effort, workers=_counts(workers), gpu=gpu)
+    if import_only:
+        from validator.calibrate import import_nccl_tests
+
+        if not nccl_tests:
+            raise InputError("--import-only is given without --nccl-tests FILE")
+        profile = import_nccl_tests(path, nccl_tests)
+    else:
+        profile = run_calibration(
+            path, device=device, budget_s=budget, effort=effort, workers=_counts(workers), gpu=gpu, nvme=nvme,
+            nccl_tests=nccl_tests,
+        )  # fmt: skip
     if as_json:
         from estimator.time.profile_file import profile_to_dict
 
@@ -74,19 +89,11 @@ def run_calibration(path: Path, **options: Any) -> HardwareProfile:
 
 def show_profile(profile: HardwareProfile) -> None:
     """What the machine reaches at best, in a few lines."""
+    from validator.calibrate import describe
     from zerocast.show import say
 
-    gpu = profile.gpu
-    if gpu is None:
-        return
-    peaks = ", ".join(f"{dtype} {flops / 1e9:.3g} GFLOP/s" for dtype, flops in sorted(gpu.peak_flops.items()))
-    n_points = sum(
-        len(points) for points in (profile.matmul, profile.attention, profile.bandwidth, profile.collectives)
-    )
-    say(
-        f"{gpu.name}: {peaks}; memory {gpu.memory_bytes_per_s / 1e9:.3g} GB/s; link {gpu.link_bytes_per_s / 1e9:.3g} GB/s"
-    )
-    say(f"{n_points} points of operators and collectives, {profile.date}")
+    for line in describe(profile):
+        say(line)
 
 
 def local_gpu(name: str | None) -> Gpu:
@@ -94,7 +101,7 @@ def local_gpu(name: str | None) -> Gpu:
     import torch
 
     from estimator import catalog
-    from validator.campaign import catalogue_name
+    from validator.devices import catalogue_name
 
     if name is None and torch.cuda.is_available():
         device = torch.cuda.get_device_name()
