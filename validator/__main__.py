@@ -17,19 +17,25 @@ from estimator import catalog
 from estimator.errors import InputError
 from estimator.time.profile_file import load_profile
 from estimator.units import format_seconds
-from validator.calibrate import calibrate
-from validator.campaign import check_devices, device_here, gpu_name, run_campaign, summary_lines
+from validator.calibrate import calibrate, describe, import_nccl_tests
+from validator.campaign import run_campaign, summary_lines
 from validator.case import read_case
-from validator.compare import compare, predict_for
+from validator.compare import compare_sources
+from validator.devices import check_devices, device_here, gpu_name, needs_gpu, without_gpu
+from validator.kernels.campaign import kernel_summary_lines, plan_to_dict, run_kernel_campaign
+from validator.kernels.files import KERNELS_ENDING, export_kernels, import_kernels, kernel_files
+from validator.kernels.suite import KernelPlan, expand_kernels
+from validator.kernels.summary import KernelRow, kernel_comparison, with_forecasts
 from validator.provenance import available_memory_bytes
+from validator.record_files import RecordFile, has_step_records, profile_path_of, publish, read_record_files
 from validator.records import export_reports, import_reports
 from validator.runner import Outcome, Progress, measure_many
 from validator.store import Store
-from validator.suites import Place, expand, load_suite, suite_names
+from validator.suites import Place, expand, load_suite, read_suite, suite_names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a case failed or an exact term differs, 2 bad input, 130 interrupted."""
+    """Exit status: 0 done, 1 a case failed, cannot be forecast or differs in an exact term, 2 bad input, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
         return int(args.command(args))
@@ -46,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m validator", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(
-        required=True, metavar="campaign | calibrate | measure | compare | export | import"
+        required=True, metavar="campaign | calibrate | measure | compare | export | import | publish"
     )
     _add_campaign(commands)
     _add_calibrate(commands)
@@ -56,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "export": (_export, "write the store's reports to a file (.jsonl, .csv, .parquet)"),
         "import": (_import, "add the reports of a file to the store"),
     }
+    _add_publish(commands)
     sub = {}
     for name, (function, text) in parts.items():
         sub[name] = commands.add_parser(name, help=text, description=text)
@@ -64,12 +71,20 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub[name].set_defaults(command=function)
     sub["measure"].add_argument("--case", type=Path, nargs="+", required=True, help="JSON files, one case each")
-    sub["compare"].add_argument("--records", type=Path, help="records file to compare instead of the store's reports")
     sub["compare"].add_argument(
-        "--profile", type=Path, help="hardware profile of the machine that was measured (calibrate writes one)"
+        "--records",
+        type=Path,
+        help="records file, or folder of *.jsonl files, to compare instead of the store's reports",
+    )
+    sub["compare"].add_argument(
+        "--profile",
+        type=Path,
+        help="hardware profile of the machine that was measured (default: the one beside a records file)",
     )
     sub["export"].add_argument("--out", type=Path, required=True, help="file to write")
     sub["import"].add_argument("--records", type=Path, required=True, help="file to read")
+    for name in ("export", "import"):
+        sub[name].add_argument("--kernels", action="store_true", help="records of kernels instead of steps")
     return parser
 
 
@@ -77,7 +92,7 @@ def _add_campaign(commands: Any) -> None:
     text = "measure as much of a suite as fits into a time budget; the same command goes on from there"
     sub = commands.add_parser("campaign", help=text, description=text)
     sub.add_argument("--suite", required=True, metavar="NAME|FILE", help=f"{', '.join(suite_names())}, or a TOML file")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for records.jsonl")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the records")
     sub.add_argument("--budget-s", type=float, default=540.0, help="seconds in which to finish (default: 540)")
     sub.add_argument("--profile", type=Path, help="hardware profile of this machine; what gpu = 'cpu' needs")
     sub.add_argument("--gpu", help="catalogue name of this machine's GPU, where it cannot be told")
@@ -90,20 +105,41 @@ def _add_calibrate(commands: Any) -> None:
     sub = commands.add_parser("calibrate", help=text, description=text)
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="profile to write")
     sub.add_argument("--device", default="cpu", metavar="cpu|cuda")
-    sub.add_argument("--budget-s", type=float, default=60.0, help="about how long to measure (default: 60)")
+    sub.add_argument("--budget-s", type=float, help="about how long it takes (default: 60, with cuda 240)")
     sub.add_argument("--effort", default="full", metavar="quick|full", help="how many sizes to measure")
     sub.add_argument("--gpu", help="with cuda: the GPU's catalogue name, where it cannot be told")
+    sub.add_argument("--nvme", type=Path, metavar="DIR", help="read and write files in this folder too")
+    sub.add_argument(
+        "--nccl-tests", type=Path, nargs="+", default=(), metavar="FILE", help="output of all_reduce_perf, ..."
+    )
+    sub.add_argument(
+        "--import-only", action="store_true", help="measure nothing: put --nccl-tests into the profile at --out"
+    )
     sub.set_defaults(command=_calibrate)
 
 
+def _add_publish(commands: Any) -> None:
+    text = "write records for the project's validator/records: named after GPU and torch, without the host's name"
+    sub = commands.add_parser("publish", help=text, description=text)
+    sub.add_argument(
+        "--records", type=Path, nargs="+", required=True, help="records files or campaigns' folders, of one machine"
+    )
+    sub.add_argument("--profile", type=Path, help="its calibrated profile, to be laid beside them")
+    sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write to")
+    sub.set_defaults(command=_publish)
+
+
 def _campaign(args: argparse.Namespace) -> int:
+    name, data = read_suite(args.suite)
+    if data.get("measure") == "kernels":
+        return _kernel_campaign(args, expand_kernels(name, data))
     suite = load_suite(args.suite)
     profile = load_profile(args.profile) if args.profile else None
-    wants_gpu = any(c.get("gpu") == "here" or str(c.get("backend")).startswith("cuda") for c in suite.combinations)
+    wants_gpu = any(needs_gpu(c) for c in suite.combinations)
     device = device_here() if wants_gpu else None
     here = gpu_name(device, args.gpu) if wants_gpu else None
     local = profile if profile is not None and profile.gpu is not None and profile.gpu.arch == "cpu" else None
-    if wants_gpu and not args.dry_run and device is None:
+    if device is None and not args.dry_run and all(needs_gpu(c) for c in suite.combinations):
         raise InputError(
             f"suite {suite.name!r} needs a GPU and torch can use none here; allowed without one: suites of the backends "
             "fake and cpu, or --dry-run"
@@ -115,6 +151,8 @@ def _campaign(args: argparse.Namespace) -> int:
         local_host=local.host if local else None,
     )
     plan = expand(suite, place)
+    if device is None and not args.dry_run:
+        plan = without_gpu(plan)
     if not plan.cases and not plan.boundaries:
         reason = plan.left_out[0].reason if plan.left_out else "it lists none"
         raise InputError(f"suite {suite.name!r} has no case that can run: {reason}")
@@ -137,15 +175,36 @@ def _campaign(args: argparse.Namespace) -> int:
     return 1 if summary.failed else 0
 
 
+def _kernel_campaign(args: argparse.Namespace, plan: KernelPlan) -> int:
+    if args.dry_run:
+        _write(plan_to_dict(plan))
+        return 0
+    profile = load_profile(args.profile) if args.profile else None
+    device = device_here() if plan.needs_gpu else None
+    summary = run_kernel_campaign(plan, args.out, args.budget_s, _say, profile, device=device)
+    for line in kernel_summary_lines(summary):
+        _say(line)
+    _write(asdict(summary))
+    return 1 if summary.failed else 0
+
+
 def _calibrate(args: argparse.Namespace) -> int:
-    gpu = None
-    if args.device == "cuda":
-        name = gpu_name(device_here(), args.gpu)
-        gpu = catalog.gpu(name) if name else None
-    calibrate(
-        device=args.device, budget_s=args.budget_s, out=args.out, effort=args.effort, gpu=gpu,
-        on_progress=lambda what, done, planned: _say(f"[{done}/{planned}] {what}"),
-    )  # fmt: skip
+    if args.import_only:
+        if not args.nccl_tests:
+            raise InputError("--import-only is given without --nccl-tests FILE")
+        profile = import_nccl_tests(args.out, args.nccl_tests)
+    else:
+        gpu = None
+        if args.device == "cuda":
+            name = gpu_name(device_here(), args.gpu)
+            gpu = catalog.gpu(name) if name else None
+        profile = calibrate(
+            device=args.device, budget_s=args.budget_s, out=args.out, effort=args.effort, gpu=gpu, nvme=args.nvme,
+            nccl_tests=tuple(args.nccl_tests),
+            on_progress=lambda what, done, planned: _say(f"[{done}/{planned}] {what}"),
+        )  # fmt: skip
+    for line in (*describe(profile), f"profile written to {args.out}"):
+        _say(line)
     return 0
 
 
@@ -156,17 +215,52 @@ def _measure(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    measured = import_reports(args.records) if args.records else Store(args.store).reports()
-    measured = [report for report in measured if report.origin != "predicted"]
-    if not measured:
+    """Each file with the profile beside it, or all with the one given."""
+    kernels = _kernel_records(args)
+    files: list[RecordFile] = []
+    left_out: list[Path] = []
+    if not args.records:
+        measured = tuple(report for report in Store(args.store).reports() if report.origin != "predicted")
+        files = [RecordFile(path=Store(args.store).path, reports=measured, profile=None)]
+    elif not kernels or has_step_records(args.records):
+        files, left_out = read_record_files(args.records)
+    if not any(file.reports for file in files) and not kernels:
         raise InputError("there is no measured report to compare; allowed: a store or records file that holds some")
-    profile = load_profile(args.profile) if args.profile else None
-    comparison = compare([predict_for(report, profile) for report in measured], measured)
-    _write(comparison.to_dict())
-    return 1 if comparison.inexact else 0
+    for path in left_out:
+        if not path.name.endswith(KERNELS_ENDING):
+            _say(f"not compared: {path.name}")
+    given = load_profile(args.profile) if args.profile else None
+    result = compare_sources([(file.reports, [p for p in (given or file.profile,) if p]) for file in files])
+    for key, reason in result.refused.items():
+        _say(f"no forecast for job {key}: {reason}")
+    _write({**result.comparison.to_dict(), "refused": result.refused, "kernels": kernel_comparison(kernels)})
+    return 1 if result.comparison.inexact or result.refused else 0
+
+
+def _kernel_records(args: argparse.Namespace) -> list[KernelRow]:
+    """Records of kernels beside their forecasts, each file's by the profile beside it."""
+    given = load_profile(args.profile) if args.profile else None
+    if not args.records:
+        return with_forecasts(Store(args.store).kernels(), given)
+    rows: list[KernelRow] = []
+    for path in kernel_files(args.records):
+        beside = profile_path_of(path)
+        profile = given or (load_profile(beside) if beside.exists() else None)
+        rows += with_forecasts(import_kernels(path), profile)
+    return rows
+
+
+def _publish(args: argparse.Namespace) -> int:
+    _write({"written": [str(path) for path in publish(args.records, args.profile, args.to)]})
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.kernels:
+        kernels = Store(args.store).kernels()
+        export_kernels(kernels, args.out)
+        _write({"written": len(kernels)})
+        return 0
     reports = Store(args.store).reports()
     export_reports(reports, args.out)
     _write({"written": len(reports)})
@@ -174,6 +268,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    if args.kernels:
+        kernels = import_kernels(args.records)
+        _write({"read": len(kernels), "new": Store(args.store).add_kernels(kernels)})
+        return 0
     reports = import_reports(args.records)
     _write({"read": len(reports), "new": Store(args.store).add_many(reports)})
     return 0

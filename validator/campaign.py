@@ -7,194 +7,63 @@ tries them again, after all others. ``DIR/summary.json`` holds the last campaign
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from estimator import catalog
-from estimator.errors import InputError, unknown_choice
+from estimator.errors import InputError
 from estimator.report import StepReport
 from estimator.time.profile import HardwareProfile
 from estimator.units import format_bytes, format_seconds
 from validator.case import Case, case_to_dict
 from validator.compare import predict_for
+from validator.journal import Identity, Journal, Tell
 from validator.records import report_from_json, report_to_json
 from validator.runner import MeasureError, TimeLimitError, measure
 from validator.suites import Boundary, Plan
 from validator.worker import write_atomically
 
-Tell = Callable[[str], None]
-"""Called with one line for people at a time."""
 RESERVE_S = 4.0
 """End of the budget in which nothing runs: what it may take to end a case's processes."""
 SHORTEST_S = 5.0
 """Less time than this is not worth starting a process in."""
 
 
-def device_here() -> str | None:
-    """What CUDA calls this machine's first GPU; ``None`` when torch can use none.
-
-    Asked in a process of its own, because a CUDA context in this one would take memory from what is measured.
-    """
-    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode:
-        raise InputError(f"torch cannot be asked for its GPU: {(done.stderr.strip() or 'it crashed').splitlines()[-1]}")
-    return done.stdout.strip() or None
-
-
-def gpu_name(device: str | None, chosen: str | None) -> str | None:
-    """Catalogue name of the GPU that CUDA calls ``device``, or the one that the user has ``chosen``.
-
-    Raises ``InputError`` when the two differ, or when nothing is chosen and the catalogue does not know ``device``.
-    """
-    named = catalog.gpu(chosen).name if chosen else None
-    found = catalogue_name(device) if device else None
-    if device and found is None and named is None:
-        raise unknown_choice("the GPU of this machine", device, catalog.gpu_names())
-    if found and named and found != named:
-        raise InputError(f"gpu is {chosen!r}; allowed: {found!r}, which is the GPU of this machine")
-    return found or named
-
-
-def catalogue_name(device: str) -> str | None:
-    """The catalogue's name for what CUDA calls ``device`` (``"NVIDIA H100 80GB HBM3"``); ``None`` when it has none."""
-    words = device.lower().replace("-", " ").split()
-    spelled = "-".join(w for w in words if w not in ("nvidia", "amd", "tesla", "instinct") and not w.startswith("hbm"))
-    try:
-        return catalog.gpu(spelled).name
-    except InputError:
-        return None
-
-
-def check_devices(plan: Plan, here: str | None) -> None:
-    """Raises ``InputError`` when a case of ``plan`` needs a GPU and it is not the one of this machine."""
-    for case in (*plan.cases, *(boundary.case_at(1) for boundary in plan.boundaries)):
-        gpu = case.job.cluster.gpu.name
-        if case.on_cuda and here is None:
-            raise InputError(
-                f"suite {plan.suite!r} runs on backend {case.backend!r}, and this machine has no GPU that torch can use; "
-                "allowed without one: suites of the backends fake and cpu"
-            )
-        if case.on_cuda and gpu != here:
-            raise InputError(f"suite {plan.suite!r} has gpu {gpu!r}; allowed with {case.backend!r}: {here!r} or 'here'")
-
-
-class Records:
-    """The reports in ``folder/records.jsonl``. Opening one locks the folder until the process ends or ``close``."""
+class Records(Journal[StepReport]):
+    """The reports in ``folder/records.jsonl``."""
 
     def __init__(self, folder: Path, tell: Tell) -> None:
-        self.path, self.failures = folder / "records.jsonl", folder / "failures.jsonl"
-        self._by_case: dict[tuple[str, str, int | None], StepReport] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(folder)
-            try:
-                self._failed = self._read(tell)
-            except BaseException:
-                self.close()
-                raise
-        except OSError as error:
-            raise InputError(f"campaign folder {str(folder)!r} cannot be used: {error.strerror or error}") from None
-
-    def _read(self, tell: Tell) -> set[tuple[str, str, int | None]]:
-        """Takes in both files; returns the cases that failed."""
-        for number, line in enumerate(_whole_lines(self.path, tell), start=1):
-            try:
-                self._remember(report_from_json(line))
-            except InputError as error:
-                raise InputError(f"records file {str(self.path)!r}, line {number}: {error}") from None
-        try:
-            failed = [json.loads(line)["id"] for line in _whole_lines(self.failures, tell)]
-            return {(backend, key, rank) for backend, key, rank in failed}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{str(self.failures)!r} is damaged; allowed: what a campaign wrote, or no such file"
-            ) from None
-
-    def close(self) -> None:
-        """Let another campaign use the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        super().__init__(folder, "records.jsonl", tell, parse=report_from_json, identity=_identity_of_report)
 
     def find(self, case: Case) -> StepReport | None:
-        """The last report of ``case``, of its rank where one is played."""
-        return self._by_case.get(_identity(case))
+        """The last report of ``case``, of its rank where one is played; with its ``reference`` where that is asked for."""
+        report = self.known(_identity(case))
+        return None if report is not None and case.reference and not (report.parity or report.fits is False) else report
 
     def has_failed(self, case: Case) -> bool:
         """Whether ``case`` gave no result in an earlier campaign."""
-        return _identity(case) in self._failed
+        return self.failed_before(_identity(case))
 
     def add(self, report: StepReport) -> None:
         """Append ``report``; it is on the disk when this returns. Raises ``InputError`` when it cannot be written."""
-        self._append(self.path, report_to_json(report))
-        self._remember(report)
+        self.write(report, report_to_json(report))
 
     def add_failure(self, case: Case, error: str) -> None:
         """Append a case that gave no result."""
-        self._append(self.failures, json.dumps({"id": _identity(case), "error": error, "case": case_to_dict(case)}))
-
-    def _remember(self, report: StepReport) -> None:
-        rank = report.rank if report.origin in ("fake", "cuda-virtual") else None
-        self._by_case[report.origin, report.job_key, rank] = report
-
-    @staticmethod
-    def _append(path: Path, line: str) -> None:
-        try:
-            with path.open("ab", buffering=0) as file:
-                before = file.tell()
-                try:
-                    if file.write(line.encode() + b"\n") != len(line.encode()) + 1:
-                        raise OSError(None, "only part of the line was written, the disk may be full")
-                    os.fsync(file.fileno())
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        file.truncate(before)
-                    raise
-        except OSError as error:
-            raise InputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
+        self.write_failure(_identity(case), error, {"case": case_to_dict(case)})
 
 
-def _identity(case: Case) -> tuple[str, str, int | None]:
+def _identity(case: Case) -> Identity:
     return case.backend, case.job.key, case.rank if case.plays_one_rank else None
 
 
-def _lock(folder: Path) -> int | None:
-    """Holds ``folder`` for this process; ``None`` where the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"another campaign is running in {str(folder)!r}; allowed: another folder, or wait") from None
-    return handle
-
-
-def _whole_lines(path: Path, tell: Tell) -> list[str]:
-    """The lines of ``path``; what a killed campaign left of an unfinished last line is cut off the file."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    if end < len(data):
-        tell(f"{path}: the last line is not finished ({len(data) - end} bytes); it is cut off and its case runs again")
-        os.truncate(path, end)
-    return [line for line in data[:end].decode("utf-8", errors="replace").split("\n") if line.strip()]
+def _identity_of_report(report: StepReport) -> Identity:
+    return report.origin, report.job_key, report.rank if report.origin in ("fake", "cuda-virtual") else None
 
 
 @dataclass(frozen=True, kw_only=True)

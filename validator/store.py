@@ -1,4 +1,4 @@
-"""``Store``: the records of measured (and predicted) steps, in one SQLite file."""
+"""``Store``: the records of measured (and predicted) steps and of kernels, in one SQLite file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from estimator.errors import InputError
 from estimator.report import StepReport
+from validator.kernels.files import kernel_from_json, kernel_to_json
+from validator.kernels.report import KernelReport
 from validator.records import report_from_json, report_to_json
 
 APPLICATION_ID = 0x5A43_5354
@@ -23,6 +26,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE records (id INTEGER PRIMARY KEY AUTOINCREMENT, digest TEXT NOT NULL UNIQUE, added_utc TEXT NOT NULL,"
         " job_key TEXT NOT NULL, origin TEXT NOT NULL, rank INTEGER NOT NULL, model TEXT, report TEXT NOT NULL)",
         "CREATE INDEX records_by_job ON records (job_key, origin)",
+    ),
+    (
+        "CREATE TABLE kernels (id INTEGER PRIMARY KEY AUTOINCREMENT, digest TEXT NOT NULL UNIQUE, added_utc TEXT NOT NULL,"
+        " key TEXT NOT NULL, kernel TEXT NOT NULL, device TEXT NOT NULL, implementation TEXT NOT NULL, report TEXT NOT NULL)",
+        "CREATE INDEX kernels_by_key ON kernels (key)",
     ),
 )
 """Statements that lead from version i to i + 1; ``PRAGMA user_version`` holds the version of a file."""
@@ -62,15 +70,29 @@ class Store:
 
     def add_many(self, reports: Iterable[StepReport]) -> int:
         """Stores all ``reports`` or, when one is bad, none. Returns how many were new."""
+        return self._add("records", [_row(report) for report in reports])
+
+    def add_kernels(self, reports: Iterable[KernelReport]) -> int:
+        """As ``add_many``, for records of kernels."""
+        return self._add("kernels", [_kernel_row(report) for report in reports])
+
+    def _add(self, table: str, rows: list[dict[str, Any]]) -> int:
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        rows = [_row(report, now) for report in reports]
         with self._connection(write=True) as db:
             before = db.total_changes
-            db.executemany(
-                "INSERT OR IGNORE INTO records (digest, added_utc, job_key, origin, rank, model, report) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                rows,
-            )
+            for row in rows:
+                row = {**row, "digest": _digest(row["report"]), "added_utc": now}
+                places = ", ".join(f":{name}" for name in row)
+                db.execute(f"INSERT OR IGNORE INTO {table} ({', '.join(row)}) VALUES ({places})", row)
             return db.total_changes - before
+
+    def kernels(
+        self, *, kernel: str | None = None, device: str | None = None, implementation: str | None = None,
+        limit: int | None = None,
+    ) -> list[KernelReport]:  # fmt: skip
+        """Stored records of kernels that match every given filter, oldest first; ``limit`` keeps the newest ones."""
+        rows = self._select("kernels", {"kernel": kernel, "device": device, "implementation": implementation}, limit)
+        return [kernel_from_json(self._intact("kernel record", row[0], *row[2:])) for row in rows]
 
     def records(
         self,
@@ -81,18 +103,22 @@ class Store:
         limit: int | None = None,
     ) -> list[Record]:
         """Stored records that match every given filter, oldest first; ``limit`` keeps the newest ones."""
+        rows = self._select("records", {"job_key": job_key, "origin": origin, "model": model}, limit)
+        return [
+            Record(id=i, added_utc=added, report=report_from_json(self._intact("record", i, *rest)))
+            for i, added, *rest in rows
+        ]
+
+    def _select(self, table: str, filters: dict[str, str | None], limit: int | None) -> list[tuple[Any, ...]]:
+        """Id, date, digest and text of the rows that match, oldest first."""
         if not self._exists():
             return []
-        wanted = {
-            name: value
-            for name, value in (("job_key", job_key), ("origin", origin), ("model", model))
-            if value is not None
-        }
+        wanted = {name: value for name, value in filters.items() if value is not None}
         where = " AND ".join(f"{name} = ?" for name in wanted) or "1"
-        query = f"SELECT id, added_utc, digest, report FROM records WHERE {where} ORDER BY id DESC LIMIT ?"
+        query = f"SELECT id, added_utc, digest, report FROM {table} WHERE {where} ORDER BY id DESC LIMIT ?"
         with self._connection() as db:
             rows = db.execute(query, (*wanted.values(), -1 if limit is None else limit)).fetchall()
-        return [self._record(*row) for row in reversed(rows)]
+        return rows[::-1]
 
     def reports(
         self,
@@ -138,12 +164,12 @@ class Store:
         except OSError as error:
             raise InputError(f"store {str(self.path)!r} cannot be read: {error.strerror}") from None
 
-    def _record(self, record_id: int, added_utc: str, digest: str, text: str) -> Record:
+    def _intact(self, what: str, record_id: int, digest: str, text: str) -> str:
         if not isinstance(text, str) or _digest(text) != digest:
             raise InputError(
-                f"record {record_id} of store {str(self.path)!r} is damaged: its text does not match its checksum"
+                f"{what} {record_id} of store {str(self.path)!r} is damaged: its text does not match its checksum"
             )
-        return Record(id=record_id, added_utc=added_utc, report=report_from_json(text))
+        return text
 
     @contextlib.contextmanager
     def _connection(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
@@ -209,11 +235,20 @@ class Store:
         return version
 
 
-def _row(report: StepReport, now: str) -> tuple[str, str, str, str, int, str | None, str]:
-    text = report_to_json(report)
+def _row(report: StepReport) -> dict[str, Any]:
     model = report.job.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    return _digest(text), now, report.job_key, report.origin, report.rank, name, text
+    return {
+        "job_key": report.job_key, "origin": report.origin, "rank": report.rank, "model": name,
+        "report": report_to_json(report),
+    }  # fmt: skip
+
+
+def _kernel_row(report: KernelReport) -> dict[str, Any]:
+    return {
+        "key": report.key, "kernel": report.kernel, "device": report.device, "implementation": report.implementation,
+        "report": kernel_to_json(report),
+    }  # fmt: skip
 
 
 def _digest(text: str) -> str:
@@ -238,6 +273,8 @@ def _reason(error: sqlite3.Error) -> str:
     text = str(error)
     if "locked" in text or "busy" in text:
         return f"is in use by another program for more than {_BUSY_S:g} s"
+    if "full" in text:
+        return f"cannot be written: {text}, nothing of this was stored"
     if isinstance(error, sqlite3.OperationalError):
         return f"cannot be opened or written: {text}"
     return f"is corrupt or no SQLite file ({text}); move it away, or name another one"

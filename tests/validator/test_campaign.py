@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -17,10 +18,13 @@ from hypothesis import strategies as st
 
 from estimator.errors import InputError
 from estimator.predict import predict
+from tests.validator.fake_nvml import FakeNvml
 from validator import campaign, runner, worker
 from validator.__main__ import main
-from validator.campaign import Records, gpu_name, next_probe, run_campaign, summary_lines
+from validator.campaign import Records, next_probe, run_campaign, summary_lines
 from validator.case import Case
+from validator.device_memory import DeviceMeter
+from validator.devices import gpu_name
 from validator.measured import RankResult, build_report
 from validator.records import import_reports
 from validator.runner import MeasureError, TimeLimitError, measure
@@ -69,29 +73,55 @@ def test_the_allocators_peak_is_that_of_the_timed_steps(make_job, monkeypatch, b
 
     import runtime.session as session
 
-    live, calls = [0], []
+    live, calls, used = [0], [], [100]
+    nvml = FakeNvml({"GPU-x": 50})
+    meter = DeviceMeter(nvml)  # others take 50 bytes
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(("set_device", index)))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: live.__setitem__(0, 0))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: live[0])
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2 * live[0])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (300, 1000))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: nvml.used.update({"GPU-x": 50 + used[0]}))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="x"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * live[0])
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"reserved_bytes.all.peak": 80, "num_ooms": 0})
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"active_bytes.peak": 5, "allocated_bytes.peak": 8})
+    monkeypatch.setattr(torch.cuda, "reset_peak_host_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
 
     def run_session(job, device, options, *, rank, on_step):
         calls.append(("device", device))
         for number, peak in enumerate((900, 500, 40, 30)):  # start-up, then steady
             live[0] = max(live[0], peak)
+            nvml.used["GPU-x"] = 50 + 100 + 2 * live[0] + 7  # others, context, allocator, kernels loaded since
             on_step(number, 0.5)
         live[0] = 700  # the metered step
-        return session.Measurement(peak_allocated_bytes=35, step_seconds=(0.5, 0.5))
+        history = {
+            "category_bytes_at_peak": {"params": 30, "workspace": 5, "fragmentation": 9},
+            "category_peak_bytes": {"workspace": 6},
+        }
+        return session.Measurement(
+            peak_allocated_bytes=35, step_seconds=(0.5, 0.5), category_bytes_at_peak={"params": 35},
+            category_peak_bytes={"params": 35, "workspace": 1}, attribution=history,
+        )  # fmt: skip
 
     monkeypatch.setattr(session, "run_session", run_session)
     case = Case(job=make_job(), backend=backend, steps=2, warmup=2)
-    report = worker.run_case(case, {}, lambda *_: None)
+    report = worker.run_case(case, {}, lambda *_: None, meter)
     assert report is not None and calls == [("set_device", 0), ("device", "cuda")]
     assert (report["peak_allocated_bytes"], report["peak_reserved_bytes"]) == (40, 80)
-    assert (report["device_used_bytes"], report["capacity_bytes"]) == (700, 1000)
-    assert report["provenance"]["metered_peak_bytes"] == 35 and report["fits"] is True
+    assert (report["device_used_bytes"], report["capacity_bytes"]) == (100 + 80 + 7, 1000)
+    assert report["category_bytes_at_peak"] == {"params": 30, "workspace": 5, "fragmentation": 9, "cuda_context": 100}
+    assert report["category_peak_bytes"] == {"params": 35, "workspace": 6, "cuda_context": 100}
+    origin = report["provenance"]
+    assert origin["metered_peak_bytes"] == 35 and report["fits"] is True
+    assert origin["allocator"] == {"backend": "native", "peak_reserved_bytes": 80, "num_ooms": 0}
+    assert origin["pinned"] == {"peak_active_bytes": 5, "peak_held_bytes": 8}
+    memory = origin["device_memory"]
+    assert (memory["source"], memory["others_bytes"], memory["libraries_bytes"]) == ("nvml-device", 50, 7)
+    assert any("less what was taken before" in note for note in report["notes"])
 
 
 def test_a_played_rank_that_runs_out_of_memory_is_a_result(make_job, tmp_path):
@@ -114,6 +144,9 @@ def test_a_played_rank_that_runs_out_of_memory_is_a_result(make_job, tmp_path):
         ({"backend": "cuda-virtual", "rank": 8}, "rank is 8"),
         ({"backend": "fake", "metered": False}, "metered is False; allowed: true"),
         ({"metered": 1}, "metered is 1"),
+        ({"reference": 1}, "reference is 1; allowed: true or false"),
+        ({"backend": "fake", "reference": True}, "reference is True; allowed: false with backend 'fake'"),
+        ({"backend": "cuda-virtual", "reference": True}, "which plays one rank alone"),
     ],
 )
 def test_bad_cases(make_job, change, complaint):
@@ -137,7 +170,8 @@ def make_report(case: Case, **changes):
     session = {"step_seconds": (), "part_seconds": {}, "losses": (), "peak_phase": "forward", "peak_where": "embed",
                "host_bytes": 0, "pinned_bytes": 0, "peak_allocated_bytes": 1000, "category_bytes_at_peak": {},
                "category_peak_bytes": {}, "phase_peak_bytes": {}, "phase_category_bytes": {}, "collective_bytes": {},
-               "collective_calls": {}, "copy_bytes": {}}  # fmt: skip
+               "collective_calls": {}, "copy_bytes": {}, "copy_seconds": {}, "device_step_seconds": (), "attribution": {},
+               "parity": {}}  # fmt: skip
     return replace(build_report(case, [RankResult(rank=case.rank, session=session)], {}), **changes)
 
 
@@ -292,7 +326,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(plan, measured, tmp_pat
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "records.jsonl").symlink_to("/dev/full")
         records = Records.__new__(Records)
-        records.path, records._by_case = tmp_path / "full" / "records.jsonl", {}
+        records.path, records._known = tmp_path / "full" / "records.jsonl", {}
         with pytest.raises(InputError, match=r"records.jsonl' cannot be written: No space left on device"):
             records.add(make_report(plan.cases[0]))
         assert records.find(plan.cases[0]) is None
@@ -362,6 +396,23 @@ def test_a_gpu_suite_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert main(["campaign", "--suite", "smoke", "--gpu", "h200", "--out", str(tmp_path / "x"), "--dry-run"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert len(listed["cases"]) > 50 and not (tmp_path / "x").exists()
+
+
+def test_a_mixed_suite_without_a_gpu_runs_what_it_can(plan, tmp_path, capsys, monkeypatch):
+    """What needs a GPU is left out with its reason, be it named or "here"."""
+    ran = []
+    monkeypatch.setattr("validator.__main__.device_here", lambda: None)
+    monkeypatch.setattr(campaign, "measure", lambda case: ran.append(case) or make_report(case))
+    both = 'model = "gpt-30m"\nseq_len = 64\ngpus = 1\nzero = 0\n'
+    for gpu in ("h200", "here"):
+        both += f'[[matrix]]\nbackend = ["cuda", "fake"]\ngpu = "{gpu}"\n'
+    (tmp_path / "both.toml").write_text(both)
+    command = ["campaign", "--suite", str(tmp_path / "both.toml"), "--out", str(tmp_path / "x"), "--budget-s", "60"]
+    assert main(command) == 0 and [case.backend for case in ran] == ["fake"]
+    summary = json.loads(capsys.readouterr().out)
+    reasons = summary["left_out"]
+    assert sum(reasons.values()) == 3 and reasons["it needs a GPU, and torch can use none here"] == 1
+    assert main([*command, "--gpu", "h200"]) == 0 and len(ran) == 1  # recorded
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def local_machine() -> Place:
         name="cpu", arch="cpu", memory_bytes=8 * GIB, memory_bytes_per_s=1e10, peak_flops={"fp32": 1e11, "bf16": 1e11}, n_sms=2,
         l2_bytes=1 << 20, link_bytes_per_s=1e9, host_link_bytes_per_s=1e10,
     )  # fmt: skip
-    return Place(local_gpu=gpu, local_host=Host(memory_bytes=8 * GIB, n_cores=2, memory_bytes_per_s=1e10))
+    return Place(gpu_here="h200", local_gpu=gpu, local_host=Host(memory_bytes=8 * GIB, n_cores=2, memory_bytes_per_s=1e10))
 
 
 def small(**matrix: object) -> Suite:
@@ -41,10 +41,10 @@ def write(tmp_path):
     return to_file
 
 
-@pytest.mark.parametrize("name", suite_names())
+@pytest.mark.parametrize("name", [name for name in suite_names() if not name.startswith("kernels")])
 def test_a_shipped_suite_runs_on_its_machine(name):
     suite = load_suite(name)
-    plan = expand(replace(suite, combinations=suite.combinations[::7]), local_machine() if name == "cpu" else H200)
+    plan = expand(replace(suite, combinations=suite.combinations[::7]), local_machine() if name in ("cpu", "parity") else H200)
     assert suite.about and (plan.cases or plan.boundaries)
     allowed = ("the same step as", "it would pin")
     assert [item.reason for item in plan.left_out if not item.reason.startswith(allowed)] == []
@@ -74,13 +74,13 @@ def test_pairs_are_covered_early_and_every_case_comes_once():
     settings = [
         dict(zip("abcd", values, strict=True)) for values in itertools.product(range(4), range(3), range(3), range(2))
     ]
-    order = list(suites._most_informative_first(settings))
+    order = list(suites.most_informative_first(settings))
     assert sorted(order) == list(range(72))
     pairs = {(p, q, s[p], s[q]) for s in settings for p, q in itertools.combinations("abcd", 2)}
     seen = {(p, q, s[p], s[q]) for s in (settings[i] for i in order[:18]) for p, q in itertools.combinations("abcd", 2)}
     assert seen == pairs
-    assert list(suites._most_informative_first([{"a": 1}])) == [0] and list(suites._most_informative_first([])) == []
-    assert sorted(suites._most_informative_first([{"a": 1}, {"a": 2}, {"b": 2}])) == [0, 1, 2]
+    assert list(suites.most_informative_first([{"a": 1}])) == [0] and list(suites.most_informative_first([])) == []
+    assert sorted(suites.most_informative_first([{"a": 1}, {"a": 2}, {"b": 2}])) == [0, 1, 2]
 
 
 def test_what_cannot_run_is_left_out_with_its_reason():

@@ -4,6 +4,7 @@ A file has the key ``about``, keys shared by all matrices, and one ``[[matrix]]`
 ``JobOptions`` (``model``, ``gpu``, ``zero``, ...) and of ``Case`` (``backend``, ``steps``, ...); a list is an axis, and a
 matrix is the product of its axes. ``gpu = "here"`` is the GPU of this machine. With ``search = "micro_batch"`` each
 combination is a boundary: the campaign bisects the largest micro-batch that fits, from 1 to ``largest``.
+``measure = "kernels"`` marks a suite of kernels instead of jobs (``validator.kernels.suite``).
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ from estimator.predict import lay_out, memory_of, predict
 from estimator.units import format_bytes
 from validator.case import Case
 
-__all__ = ["Boundary", "LeftOut", "Place", "Plan", "Suite", "expand", "load_suite", "suite_names"]
+__all__ = [
+    "Boundary", "LeftOut", "Place", "Plan", "Suite", "combinations_of", "expand", "load_suite", "most_informative_first",
+    "read_suite", "suite_names",
+]  # fmt: skip
 
 FOLDER = Path(__file__).parent
 JOB_KEYS = tuple(f.name for f in fields(JobOptions))
-CASE_KEYS = ("backend", "steps", "warmup", "rank", "seed", "time_limit_s", "metered")
-SUITE_KEYS = ("about", "matrix", "search", "largest")
+CASE_KEYS = ("backend", "steps", "warmup", "rank", "seed", "time_limit_s", "metered", "reference")
+SUITE_KEYS = ("about", "measure", "matrix", "search", "largest")
+MEASURES = ("steps", "kernels")
+"""What a suite measures."""
 MAX_COMBINATIONS = 4096
 """Largest suite: more could not be run in a day."""
 HOPELESS = 1.25
@@ -113,32 +119,51 @@ def suite_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
 
 
-def load_suite(name: str) -> Suite:
-    """The shipped suite ``name``, or the one in the TOML or JSON file at that path. Raises ``InputError``."""
+def read_suite(name: str) -> tuple[str, dict[str, Any]]:
+    """Name and content of the shipped suite ``name``, or of the TOML or JSON file at that path. Raises ``InputError``."""
     if name in suite_names():
         path = FOLDER / f"{name}.toml"
     elif name.endswith((".toml", ".json")):
         path = Path(name)
     else:
         raise unknown_choice("suite", name, (*suite_names(), "a path that ends with .toml"))
-    where = f"suite {path.stem!r}"
-    data = table(where, read_file(path, "suite"))
-    known_keys(where, data, (*SUITE_KEYS, *JOB_KEYS, *CASE_KEYS))
-    shared = {key: value for key, value in data.items() if key not in SUITE_KEYS}
+    data = table(f"suite {path.stem!r}", read_file(path, "suite"))
+    if data.get("measure", "steps") not in MEASURES:
+        raise unknown_choice(f"suite {path.stem!r}: measure", data["measure"], MEASURES)
+    return path.stem, data
+
+
+def combinations_of(
+    where: str, data: dict[str, Any], keys: tuple[str, ...], own: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Every combination in the matrices of a suite's ``data``: ``keys`` may stand in a matrix or, shared by all, beside
+    the suite's ``own`` keys. Raises ``InputError``."""
+    known_keys(where, data, (*own, *keys))
+    shared = {key: value for key, value in data.items() if key not in own}
     matrices = data.get("matrix", [{}])
     if not isinstance(matrices, list):
         raise InputError(f"{where}: matrix is {shown(matrices)}; allowed: one [[matrix]] table per matrix")
     combinations: list[dict[str, Any]] = []
     for matrix in matrices:
-        known_keys(f"{where}: matrix", table(f"{where}: matrix", matrix), (*JOB_KEYS, *CASE_KEYS))
+        known_keys(f"{where}: matrix", table(f"{where}: matrix", matrix), keys)
         combinations += _product(where, {**shared, **matrix}, MAX_COMBINATIONS - len(combinations))
+    return combinations
+
+
+def load_suite(name: str) -> Suite:
+    """The suite of jobs that ``read_suite`` finds under ``name``. Raises ``InputError``."""
+    stem, data = read_suite(name)
+    where = f"suite {stem!r}"
+    if data.get("measure") == "kernels":
+        raise InputError(f"{where} measures kernels; allowed here: a suite of jobs")
+    combinations = combinations_of(where, data, (*JOB_KEYS, *CASE_KEYS), SUITE_KEYS)
     search = data.get("search")
     if search not in (None, "micro_batch"):
         raise InputError(f"{where}: search is {shown(search)}; allowed: 'micro_batch'")
     if search and any("micro_batch" in c for c in combinations):
         raise InputError(f"{where}: micro_batch is both given and searched; allowed: one of them")
     return Suite(
-        name=path.stem,
+        name=stem,
         about=text(f"{where}: about", data.get("about", "")),
         combinations=tuple(combinations),
         search=search is not None,
@@ -183,7 +208,7 @@ def expand(suite: Suite, place: Place) -> Plan:
         settings.append(combination)
         cases.append(case)
         hopeless.append(bool(memory and memory.peak_bytes > HOPELESS * case.job.cluster.gpu.memory_bytes))
-    order = list(_most_informative_first(settings))
+    order = list(most_informative_first(settings))
     if suite.search:
         boundaries = tuple(Boundary(settings=settings[i], place=place, largest=suite.largest) for i in order)
         return Plan(suite=suite.name, boundaries=boundaries, left_out=tuple(left_out))
@@ -226,7 +251,7 @@ def _key_in_effect(job: Job) -> str:
     return replace(job, strategy=replace(job.strategy, zero_stage=job.zero_stage)).key
 
 
-def _most_informative_first(settings: Sequence[dict[str, Any]]) -> Iterator[int]:
+def most_informative_first(settings: Sequence[dict[str, Any]]) -> Iterator[int]:
     """Indices of ``settings``: each next one shows the most pairs of axis values that no earlier one has shown.
 
     Greedy pairwise coverage (Cohen et al. 1997, "The AETG system"); the order of the file decides between equals. Once

@@ -1,0 +1,52 @@
+"""Operators outside a unit's passes: what an optimizer step, a copy and the like move. All are bound by memory."""
+
+from __future__ import annotations
+
+from estimator.job.strategy import OPTIMIZER_STATES, Optimizer
+from estimator.ops.operator import Op
+from estimator.units import DTYPE_BYTES
+
+
+def copy(dtype: str, numel: int) -> Op:
+    """One read and one write of ``numel`` elements."""
+    return Op("copy", "elementwise", False, dtype, 0.0, 2 * numel * DTYPE_BYTES[dtype])
+
+
+def cast(source: str, target: str, numel: int) -> Op:
+    """``numel`` elements read in one dtype and written in another. Its dtype is the narrower one's."""
+    narrow = min(source, target, key=lambda dtype: DTYPE_BYTES[dtype])
+    return Op("cast", "elementwise", False, narrow, 0.0, numel * (DTYPE_BYTES[source] + DTYPE_BYTES[target]))
+
+
+def scale(dtype: str, numel: int) -> Op:
+    """``numel`` elements multiplied by one number, in place."""
+    return Op("scale", "elementwise", False, dtype, numel, 2 * numel * DTYPE_BYTES[dtype])
+
+
+def grad_norm(dtype: str, numel: int) -> Op:
+    """Sum of squares: one read."""
+    return Op("grad_norm", "elementwise", False, dtype, 2 * numel, numel * DTYPE_BYTES[dtype])
+
+
+def fused_step(optimizer: Optimizer, numel: int) -> Op:
+    """A fused fp32 step: gradient read, parameters and states read and written."""
+    n_bytes = numel * (4 + 8 * (OPTIMIZER_STATES[optimizer] + 1))
+    return Op("fused_step", "optimizer", False, "fp32", 12 * numel, n_bytes)
+
+
+def around_step(dtype: str, numel: int) -> tuple[Op, ...]:
+    """The passes of this runtime before and after the fused step: low-precision gradients are widened, all are scaled,
+    low-precision parameters are written back."""
+    if dtype == "fp32":
+        return (scale("fp32", numel),)
+    return cast(dtype, "fp32", numel), scale("fp32", numel), cast("fp32", dtype, numel)
+
+
+def dropout_add(dtype: str, numel: int) -> Op:
+    """``residual + dropout(x)`` in one pass, the random numbers made on the way: two reads and one write."""
+    return Op("dropout_add", "elementwise", False, dtype, 4 * numel, 3 * numel * DTYPE_BYTES[dtype])
+
+
+def dropout_add_backward(dtype: str, numel: int) -> Op:
+    """The residual's gradient is the incoming one; the other is masked and scaled: one read and one write."""
+    return Op("dropout_add_backward", "elementwise", True, dtype, 2 * numel, 2 * numel * DTYPE_BYTES[dtype])
