@@ -65,6 +65,10 @@ GROUP_LABELS = {
     "collective_calls": "collective calls",
     "copy_bytes": "bytes copied",
 }
+REST_LABELS = {
+    "category_bytes_at_peak.rest": "bytes outside the metered categories",
+    "time_parts_s.rest": "time outside the measured parts",
+}
 
 
 def memory_rows(report: StepReport) -> list[Row]:
@@ -256,17 +260,70 @@ def compared_table(rows: Iterable[Row]) -> list[Row]:
 def blame_table(blames: Iterable[validator_compare.Blame]) -> list[Row]:
     """Runs with the error of their total and the part that causes most of it."""
     return [
-        {
-            "run": blame.case,
-            "backend": blame.origin,
-            "total": term_label(blame.total),
-            "error": error_text(blame.error),
-            "most of it": PART_LABELS.get(name) or CATEGORY_LABELS.get(name) or "-",
-            "by": quantity(blame.total, blame.difference),
-        }
+        {"run": blame.case, "backend": blame.origin, "error": error_text(blame.error), "what": blame_sentence(blame)}
         for blame in blames
-        for name in [(blame.term or "").partition(".")[2]]
     ]
+
+
+def blame_sentence(blame: validator_compare.Blame) -> str:
+    """E.g. ``"peak 3.2% low: activations 410.00 MiB short, in backward of head (forecast: in optimizer)"``."""
+    name = {"peak_allocated_bytes": "peak", "step_s": "step"}.get(blame.total, "bytes on the wire")
+    if blame.error is None:
+        text = f"{name} forecast, none measured"
+    elif blame.error:
+        text = f"{name} {percent(abs(blame.error))} {'high' if blame.error > 0 else 'low'}"
+    else:
+        text = f"{name} {'equal in sum' if blame.is_bug else 'exact'}"
+    if blame.term is not None and blame.difference:
+        part = blame.term.partition(".")[2]
+        label = PART_LABELS.get(part) or CATEGORY_LABELS.get(part) or REST_LABELS.get(blame.term) or part
+        amount = quantity(blame.total, abs(blame.difference))
+        text += f": {label} {amount} {'over' if blame.difference > 0 else 'short'}"
+    if blame.measured_where:
+        text += f", in {blame.measured_where}"
+    if blame.measured_where and blame.predicted_where not in (None, blame.measured_where):
+        text += f" (forecast: in {blame.predicted_where})"
+    return text
+
+
+def refusals(refused: dict[str, str]) -> dict[str, list[str]]:
+    """Job keys by the reason why they have no forecast."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in refused.items():
+        by_reason.setdefault(reason, []).append(key)
+    return by_reason
+
+
+def group_table(groups: Iterable[validator_compare.GroupSummary]) -> list[Row]:
+    """Error distributions of groups under headings, for a table widget."""
+    return [{g.by: g.group, **_summary_cells(g.summary)} for g in groups]
+
+
+def summary_table(summaries: Iterable[validator_compare.TermSummary]) -> list[Row]:
+    """Error distributions of terms under headings, in the order of ``StepReport``'s fields."""
+    return [_summary_cells(s) for s in sorted(summaries, key=lambda s: term_place(s.term))]
+
+
+def _summary_cells(summary: validator_compare.TermSummary) -> Row:
+    undefined = f" + {summary.n_undefined} undefined" if summary.n_undefined else ""
+    return {
+        "term": term_label(summary.term),
+        "n": f"{summary.n}{undefined}",
+        "median error": percent(summary.median),
+        "P90": percent(summary.p90),
+        "worst": percent(summary.worst),
+        "bias": "-" if summary.bias is None else error_text(summary.bias),
+        "off by at most": quantity(summary.term, summary.largest),
+    }
+
+
+def percent(size: float | None) -> str:
+    """A size of an error, with as many digits as tell something: ``"0%"`` is exact. A dash for what is not known."""
+    if size is None:
+        return "-"
+    if 0 < size < 1e-4:
+        return "<0.01%"
+    return f"{size:.2%}" if 0 < size < 1e-2 else f"{size:.1%}" if size else "0%"
 
 
 def quantity(term: str, value: float | None) -> str:
@@ -283,4 +340,4 @@ def quantity(term: str, value: float | None) -> str:
 
 def error_text(error: float | None) -> str:
     """A signed error in percent; undefined where 0 was measured."""
-    return "undefined" if error is None else f"{error:+.1%}"
+    return "undefined" if error is None else f"{round(error, 3) + 0.0:+.1%}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from validator.compare import profile_of as profile_of
 from validator.store import default_path
 
 if TYPE_CHECKING:
@@ -23,11 +24,6 @@ def profiles_beside(store_path: Path | None) -> list[HardwareProfile]:
 
     files = sorted(profiles_folder(store_path).glob("*.json"), key=lambda path: path.stat().st_mtime)
     return [load_profile(path) for path in files]
-
-
-def profile_of(gpu_name: str, profiles: Iterable[HardwareProfile]) -> HardwareProfile | None:
-    """The last of ``profiles`` that was measured on ``gpu_name``."""
-    return next((p for p in reversed(list(profiles)) if p.gpu is not None and p.gpu.name == gpu_name), None)
 
 
 def local_machine(profiles: Iterable[HardwareProfile]) -> HardwareProfile | None:

@@ -8,11 +8,10 @@ from pathlib import Path
 import streamlit as st
 
 from dashboard.charts import error_bars
-from dashboard.data import blame_table, compared_rows, compared_table, worst_first
-from dashboard.predictions import Compared, compare_records
+from dashboard.data import blame_table, compared_rows, compared_table, group_table, refusals, term_label, worst_first
 from dashboard.profiles import profiles_beside
 from estimator.time.profile_file import load_profile
-from validator.compare import compare, label_of
+from validator.compare import GATED, GROUPINGS, Compared, compare, compare_records, group_errors, label_of
 from validator.store import Record, Store
 
 GROUPS = {
@@ -42,6 +41,7 @@ def runs_tab(store_path: Path | None, profile_path: Path | None) -> None:
     profiles = [load_profile(profile_path)] if profile_path else profiles_beside(store_path)
     result = compare_records([r.report for r in records], profiles)
     _summary(result, len(records))
+    _by_group(result)
     _one_run(records, result)
 
 
@@ -59,11 +59,28 @@ def _summary(result: Compared, n_runs: int) -> None:
     compared_bytes = any(row.must_be_exact for row in comparison.rows)
     equal = "equal" if not comparison.inexact else f"{len(comparison.inexact)} differ"
     columns[3].metric("Bytes on the wire", equal if compared_bytes else "-", border=True)
-    for key, reason in result.refused.items():
-        st.warning(f"No forecast for job {key}: {reason}")
+    for reason, keys in refusals(result.refused).items():
+        st.warning(f"No forecast for {f'{len(keys)} jobs' if len(keys) > 1 else f'job {keys[0]}'}: {reason}")
     if comparison.blames:
         st.subheader("Every run, worst first")
         st.dataframe(blame_table(comparison.blames), hide_index=True, width="stretch")
+
+
+def _by_group(result: Compared) -> None:
+    """Error distributions of one term within the groups of one setting."""
+    comparison = result.comparison
+    terms = [s.term for s in comparison.summaries]
+    if not terms:
+        return
+    st.subheader("Errors by group")
+    left, right = st.columns(2)
+    by = left.selectbox("Group by", GROUPINGS, key="group_by")
+    first = [term for term in GATED if term in terms]
+    term = right.selectbox(
+        "Of", [*first, *(t for t in terms if t not in first)], format_func=term_label, key="group_term"
+    )
+    groups = group_errors(comparison.rows, comparison.settings, by, [term])
+    st.dataframe(group_table(groups), hide_index=True, width="stretch")
 
 
 def _one_run(records: Sequence[Record], result: Compared) -> None:

@@ -2,6 +2,7 @@
 
 ``python docs/refresh.py`` rewrites forecasts; with ``--measured`` also the blocks marked ``<!-- measured $ ... -->``, which
 train on this machine. ``tests/test_readme.py`` fails when a forecast in the README is no longer what the command prints.
+``docs/accuracy.md`` is written anew from the committed records; ``tests/test_accuracy.py`` fails when it is stale.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 TREE = Path(__file__).resolve().parent.parent
 README = TREE / "README.md"
+ACCURACY = "zerocast compare --records validator/records --write docs/accuracy.md"
 BLOCK = re.compile(r"<!-- (?P<kind>measured )?\$ (?P<command>[^\n]+?) -->\n\n```\n(?P<output>.*?)```\n", re.DOTALL)
 
 
@@ -54,4 +56,5 @@ def refreshed(text: str, measured: bool) -> str:
 
 
 if __name__ == "__main__":
+    output_of(ACCURACY)
     README.write_text(refreshed(README.read_text(encoding="utf-8"), "--measured" in sys.argv), encoding="utf-8")

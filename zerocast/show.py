@@ -63,6 +63,12 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequenc
     console().print(grid)
 
 
+def show_rows(title: str, rows: Sequence[Row], left: Sequence[str]) -> None:
+    """A table of rows that hold text under the same headings; those in ``left`` are set to the left."""
+    heads = [(name, "left" if name in left else "right") for name in rows[0]] if rows else []
+    table(title, heads, [[str(cell) for cell in row.values()] for row in rows])
+
+
 def bytes_cell(n_bytes: float | None) -> str:
     return "-" if n_bytes is None else format_bytes(n_bytes)
 

@@ -137,6 +137,23 @@ def test_recorded_runs_stand_beside_their_forecast(monkeypatch, tmp_path) -> Non
     assert totals.iloc[0]["error"] in ("-50.0%", "+100.0%")
 
 
+def test_errors_by_group_are_those_of_the_validator(monkeypatch, tmp_path) -> None:
+    from dataclasses import replace
+
+    store = recorded(tmp_path)
+    for stage, factor in ((1, 2.0), (2, 1.25)):
+        forecast = predict(build_job(replace(DEFAULTS, zero=stage)))
+        Store(store).add(replace(forecast, origin="cuda", notes=(), step_s=forecast.step_s * factor))
+    app = page(monkeypatch, "--store", str(store))
+    app.selectbox(key="group_by").set_value("stage")
+    app.selectbox(key="group_term").set_value("step_s")
+    app.run()
+    assert not sentences(app)
+    (groups,) = [d.value for d in app.dataframe if "stage" in d.value.columns]
+    assert dict(zip(groups["stage"], groups["bias"], strict=True)) == {"1": "-50.0%", "2": "-20.0%", "3": "+0.0%"}
+    assert dict(zip(groups["stage"], groups["median error"], strict=True)) == {"1": "50.0%", "2": "20.0%", "3": "0%"}
+
+
 def test_a_run_that_cannot_be_forecast_says_so(monkeypatch, tmp_path) -> None:
     path = tmp_path / "runs.db"
     Store(path).add(StepReport(origin="cpu", job_key="f" * 16, step_s=1.0))

@@ -11,8 +11,10 @@ from dashboard.data import (
     CATEGORY_LABELS,
     OUTSIDE,
     PART_LABELS,
+    blame_sentence,
     memory_rows,
     needed_bytes,
+    percent,
     strategy_row,
     strategy_rows,
     strategy_table,
@@ -20,6 +22,7 @@ from dashboard.data import (
 )
 from estimator.report import CATEGORIES, TIME_PARTS, StepReport
 from estimator.units import GIB
+from validator.compare import Blame
 
 REPORT = StepReport(
     origin="predicted",
@@ -108,3 +111,55 @@ def test_memory_bar_stacks_to_the_peak_and_marks_the_capacity() -> None:
 def test_time_bars_are_milliseconds() -> None:
     spec = time_bars(time_rows(REPORT)).to_dict()
     assert [v["ms"] for v in spec["data"]["values"]] == pytest.approx([300, 600, 100])
+
+
+def blame(total: str = "peak_allocated_bytes", **changes) -> Blame:
+    fields = {"error": -0.032, "term": "category_bytes_at_peak.activations", "difference": -410 << 20, **changes}
+    return Blame(case="case", job_key="0" * 16, origin="cuda", total=total, **fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (blame(), "peak 3.2% low: activations 410.00 MiB short"),
+        (blame(error=0.032, difference=410 << 20), "peak 3.2% high: activations 410.00 MiB over"),
+        (blame(error=0.0, difference=0), "peak exact"),
+        (blame(error=-1e-6, difference=-8), "peak <0.01% low: activations 8 B short"),
+        (
+            blame(measured_where="backward of head", predicted_where="optimizer"),
+            "peak 3.2% low: activations 410.00 MiB short, in backward of head (forecast: in optimizer)",
+        ),
+        (
+            blame(measured_where="backward of head", predicted_where="backward of head"),
+            "peak 3.2% low: activations 410.00 MiB short, in backward of head",
+        ),
+        (
+            blame(term="category_bytes_at_peak.rest"),
+            "peak 3.2% low: bytes outside the metered categories 410.00 MiB short",
+        ),
+        (
+            blame("step_s", error=0.5, term="time_parts_s.exposed_gather", difference=0.25),
+            "step 50.0% high: waiting for parameters 250 ms over",
+        ),
+        (blame("step_s", error=0.5, term=None, difference=None), "step 50.0% high"),
+        (
+            blame("collective_bytes", error=0.0, term="collective_bytes.all_gather", difference=4),
+            "bytes on the wire equal in sum: all_gather 4 B over",
+        ),
+        (
+            blame("collective_bytes", error=None, term="collective_bytes.all_reduce", difference=4),
+            "bytes on the wire forecast, none measured: all_reduce 4 B over",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_blame_is_a_sentence(given: Blame, sentence: str) -> None:
+    assert blame_sentence(given) == sentence
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(None, "-"), (0.0, "0%"), (1e-9, "<0.01%"), (0.00123, "0.12%"), (0.0123, "1.2%"), (12.0, "1200.0%")],
+)
+def test_percent_tells_exact_from_small(size: float | None, text: str) -> None:
+    assert percent(size) == text

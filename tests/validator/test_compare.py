@@ -59,6 +59,7 @@ def test_summaries_by_hand(make_job, make_report):
     assert (summary.n, summary.n_undefined) == (11, 0)
     assert (summary.median, summary.p90, summary.worst) == pytest.approx((0.4, 0.8, 1.0))
     assert summary.bias == pytest.approx((sum(steps) - 11) / 11)
+    assert summary.largest == pytest.approx(1.0)
     perfect = next(s for s in comparison.summaries if s.term == "peak_allocated_bytes")
     assert (perfect.median, perfect.worst, perfect.bias) == (0, 0, 0)
 
@@ -68,7 +69,7 @@ def test_undefined_errors_are_counted_not_hidden(make_report):
     summary = next(
         s for s in compare([predicted(measured, host_bytes=5)], [measured]).summaries if s.term == "host_bytes"
     )
-    assert (summary.n, summary.n_undefined, summary.median) == (0, 1, None)
+    assert (summary.n, summary.n_undefined, summary.median, summary.largest) == (0, 1, None, 5)
 
 
 def test_the_worst_case_comes_first_with_the_part_to_blame(make_job, make_report):
@@ -85,6 +86,70 @@ def test_the_worst_case_comes_first_with_the_part_to_blame(make_job, make_report
     assert (blames[0].error, blames[0].term, blames[0].difference) == (1.0, "time_parts_s.exposed_gather", 0.25)
     assert (blames[1].term, blames[1].difference) == ("category_bytes_at_peak.grads", -100)
     assert blames[2].term == "time_parts_s.forward"
+
+
+def test_the_part_to_blame_is_off_in_the_direction_of_the_total(make_report):
+    measured = make_report(step_s=1.0, time_parts_s={"forward": 0.4, "backward": 0.6})
+    prediction = predicted(measured, step_s=0.9, time_parts_s={"forward": 0.7, "backward": 0.2})
+    blame = next(b for b in compare([prediction], [measured]).blames if b.total == "step_s")
+    assert (blame.term, blame.difference) == ("time_parts_s.backward", pytest.approx(-0.4))
+
+
+def test_what_the_parts_leave_over_can_be_to_blame(make_report):
+    measured = make_report(peak_allocated_bytes=1000, category_bytes_at_peak={"params": 400, "grads": 300})
+    prediction = predicted(measured, peak_allocated_bytes=710, category_bytes_at_peak={"params": 400, "grads": 310})
+    (blame,) = (b for b in compare([prediction], [measured]).blames if b.total == "peak_allocated_bytes")
+    assert (blame.term, blame.difference) == ("category_bytes_at_peak.rest", -300)
+
+
+def test_blame_for_memory_says_where(make_report):
+    measured = make_report(peak_where="backward of head")
+    prediction = predicted(measured, peak_allocated_bytes=900, peak_where=None, peak_phase="optimizer")
+    blames = {b.total: b for b in compare([prediction], [measured]).blames}
+    memory, time = blames["peak_allocated_bytes"], blames["step_s"]
+    assert (memory.measured_where, memory.predicted_where) == ("backward of head", "optimizer")
+    assert (time.measured_where, time.predicted_where) == (None, None)
+
+
+def test_blame_for_the_wire_comes_first_and_names_the_collective(make_report):
+    measured = make_report(collective_bytes={"all_gather": 100, "all_reduce": 60})
+    prediction = predicted(measured, step_s=2.5, collective_bytes={"all_gather": 100, "all_reduce": 28})
+    first = compare([prediction], [measured]).blames[0]
+    assert (first.total, first.term, first.difference, first.is_bug) == (
+        "collective_bytes",
+        "collective_bytes.all_reduce",
+        -32,
+        True,
+    )
+    assert first.error == pytest.approx(-0.2)
+    assert not any(b.is_bug for b in compare([predicted(measured)], [measured]).blames)
+
+
+def test_steps_within_the_interval_are_counted_by_origin(make_job, make_report):
+    measured = [make_report(make_job(micro_batch=n), step_s=s) for n, s in ((1, 0.9), (2, 1.0), (3, 1.3))]
+    predictions = [predicted(m, step_low_s=0.9, step_high_s=1.2) for m in measured]
+    assert compare(predictions, measured).step_in_interval == {"cpu": (2, 3)}
+    assert compare([predicted(measured[0], step_low_s=None)], measured).step_in_interval == {}
+
+
+def test_a_fake_rank_pins_nothing(make_report):
+    measured = make_report(origin="fake", pinned_bytes=0)
+    assert "pinned_bytes" not in errors(compare([predicted(measured, pinned_bytes=8)], [measured]))
+    on_gpu = replace(measured, origin="cuda")
+    assert errors(compare([predicted(on_gpu, pinned_bytes=8)], [on_gpu]))["pinned_bytes"] is None
+
+
+def test_rank_correlation_keeps_gpus_apart(make_job, make_report):
+    jobs = [make_job(micro_batch=n) for n in (1, 2)]
+    here = [make_report(job, step_s=s) for job, s in zip(jobs, (1.0, 2.0), strict=True)]
+    far = [
+        replace(m, job_key=f"far{i}", job={**m.job, "cluster": {**m.job["cluster"], "gpu": "h200"}})
+        for i, m in enumerate(here)
+    ]
+    predictions = [*(predicted(m) for m in here), *(predicted(m, step_s=9 - m.step_s) for m in far)]
+    assert compare(predictions, [*here, *far]).step_rank_correlation == pytest.approx(
+        {"cpu on test-gpu": 1.0, "cpu on h200": -1.0}
+    )
 
 
 @pytest.mark.parametrize(

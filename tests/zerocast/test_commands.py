@@ -167,7 +167,7 @@ def test_compare_reports_each_error(zerocast, store: Path) -> None:
     assert all(row["error"] == 0 for row in data["rows"] if row["term"].startswith("category_peak_bytes"))
     assert data["refused"] == {} and data["inexact"] == []
     text = zerocast("compare", "--store", store).out
-    assert "step time" in text and "-20.0%" in text and "all equal" in text
+    assert "step time" in text and "step 20.0% low" in text and "all equal" in text
 
 
 def test_compare_is_a_gate(zerocast, store: Path) -> None:
@@ -315,6 +315,6 @@ def test_demo_walks_the_whole_road(zerocast, tmp_path: Path) -> None:
     ],
 )
 def test_cuda_names_are_found_in_the_catalogue_or_not_guessed(device: str, name: str | None) -> None:
-    from validator.campaign import catalogue_name
+    from validator.devices import catalogue_name
 
     assert catalogue_name(device) == name

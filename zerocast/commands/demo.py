@@ -15,11 +15,11 @@ import click
 from zerocast.job_flags import json_flag, store_flag
 
 if TYPE_CHECKING:
-    from dashboard.predictions import Compared
     from estimator.job import Gpu
     from estimator.report import StepReport
     from estimator.time.profile import HardwareProfile
     from validator.case import Case
+    from validator.compare import Compared
 
 FORECAST = {"model": "llama-3-8b", "gpu": "h100-sxm", "gpus": 8, "seq_len": 4096, "recompute": "selective"}
 TRAINED = {"model": "gpt-30m", "seq_len": 128, "micro_batch": 2, "dtype": "fp32"}
@@ -57,8 +57,8 @@ def command(fresh: bool, store_path: Path | None, as_json: bool) -> None:
 
     Takes under three minutes on two cores. Records go to --store (default: demo/records.db in the user's folder).
     """
-    from dashboard.predictions import compare_records
     from estimator.predict import predict
+    from validator.compare import compare_records
     from validator.store import default_path
 
     started = time.perf_counter()
@@ -113,7 +113,7 @@ def this_device() -> Device:
     import torch
 
     from estimator import catalog
-    from validator.campaign import catalogue_name
+    from validator.devices import catalogue_name
 
     if torch.cuda.is_available() and torch.cuda.device_count() >= N_PROCESSES:
         name = catalogue_name(torch.cuda.get_device_name())

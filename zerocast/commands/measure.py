@@ -131,7 +131,7 @@ def cuda_defaults() -> dict[str, Any]:
     """Flags for this machine's GPUs: their number, and their name where the catalogue knows it."""
     import torch
 
-    from validator.campaign import catalogue_name, device_here
+    from validator.devices import catalogue_name, device_here
 
     if not torch.cuda.is_available():
         return {}

@@ -1,0 +1,59 @@
+"""``docs/accuracy.md`` is what today's forecasts and the committed records say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from validator.compare import Compared, compare_sources, judge, parse_budgets
+from validator.record_files import read_record_files
+from zerocast.accuracy import accuracy_page, stable_part
+
+TREE = Path(__file__).resolve().parent.parent
+PAGE, RECORDS = TREE / "docs" / "accuracy.md", TREE / "validator" / "records"
+COMMAND = "zerocast compare --records validator/records --write docs/accuracy.md"
+
+
+FILES, _ = read_record_files(RECORDS)
+
+
+def compared(*origins: str) -> Compared:
+    """The committed records (of ``origins``, when given) beside today's forecasts."""
+    return compare_sources(
+        [
+            ([r for r in file.reports if not origins or r.origin in origins], [file.profile] if file.profile else [])
+            for file in FILES
+        ]
+    )
+
+
+def test_the_page_is_current() -> None:
+    written = PAGE.read_text(encoding="utf-8")
+    assert stable_part(written) == stable_part(accuracy_page(FILES, compared(), COMMAND)), (
+        f"run: python docs/refresh.py, or {COMMAND}"
+    )
+
+
+def test_live_bytes_and_bytes_on_the_wire_keep_their_budget() -> None:
+    result = compared("fake", "cpu")
+    assert result.refused == {} and len(result.comparison.verdicts) > 0
+    assert judge(result.comparison, parse_budgets(["peak_allocated_bytes=0.1", "host_bytes=0"])) == ()
+
+
+def test_only_the_line_of_dates_and_versions_is_not_held() -> None:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    loose = set(lines) - set(stable_part("\n".join(lines)).splitlines())
+    assert len(loose) == 1 and "Zerocast" in loose.pop()
+
+
+def test_records_have_the_names_that_the_readme_asks_for() -> None:
+    names = [path.name for path in RECORDS.iterdir() if path.name != "README.md"]
+    pattern = re.compile(r"[a-z0-9][a-z0-9.-]*_torch\d+\.\d+\.\d+(_\d+)?(\.kernels)?\.(jsonl|profile\.json)")
+    assert names and all(pattern.fullmatch(name) for name in names), names
+
+
+def test_records_name_no_host_and_no_folder() -> None:
+    for file in FILES:
+        for report in file.reports:
+            assert re.fullmatch(r"host-[0-9a-f]{8}", report.provenance["host"]), file.path
+            assert not any("/" in word for word in report.provenance["command"]), file.path
