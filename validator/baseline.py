@@ -10,20 +10,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from estimator.errors import InputError, unknown_choice
 from estimator.report import StepReport
 from validator.compare import label_of
+from validator.function_run import FunctionReport
+from validator.kernels.report import KernelReport
 from validator.records import report_to_json
+from validator.yardstick import step_in_yardsticks, yardstick_median
 
-VERSION = 1
-"""Version of the file's layout."""
+VERSION = 2
+"""Version of the file's layout; 1 knew training steps only, and no yardstick."""
 ENVIRONMENT = ("cpu", "cuda", "driver", "gpu", "host", "torch")
 """What must be equal for two measurements to be comparable."""
 Environment = Mapping[str, str | None]
+Kind = Literal["step", "kernel", "function"]
+Report = StepReport | KernelReport | FunctionReport
+"""What the gate can judge: a training step, one kernel, or a function of the user's own tests."""
 Identity = tuple[str, str, int | None]
-"""Job key, origin, and the rank where one is played."""
+"""Key of the job (or kernel, or the function's name), origin, and the rank where one is played."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +45,25 @@ class Run:
     """Median of the run's measured steps."""
     tokens_per_s: float | None = None
     peak_allocated_bytes: int | None = None
+    yardstick: str | None = None
+    """Which fixed piece of work was timed between the steps (``validator.yardstick``); for kernels on a CPU the memory copy."""
+    yardstick_s: float | None = None
+    """Median of its seconds: how fast the machine was. A kernel's is the time of copying one byte."""
+    step_yardsticks: float | None = None
+    """The step's length in yardsticks."""
+    kernel_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineCase:
-    """One job on one backend: how to measure it again, what was forecast, and what it measured."""
+    """One case: how to measure it again, what was forecast, and what it measured."""
 
     name: str
+    kind: Kind = "step"
     job_key: str
+    """Of the job, or the kernel's key, or the function's name."""
     origin: str
+    """The backend; ``kernel`` or ``function``."""
     rank: int | None = None
     steps: int = 8
     warmup: int = 3
@@ -56,6 +72,7 @@ class BaselineCase:
     """The forecast's ``step_s`` and ``peak_allocated_bytes`` when the baseline was made, where there was one."""
     runs: tuple[Run, ...]
     job: dict[str, Any]
+    """The job, or what tells the kernel; empty for a function."""
 
     @property
     def identity(self) -> Identity:
@@ -109,43 +126,66 @@ def environment_of(provenance: Mapping[str, Any]) -> dict[str, str | None]:
     return {name: None if (value := values[name]) is None else str(value) for name in ENVIRONMENT}
 
 
-def identity_of(report: StepReport) -> Identity:
+def identity_of(report: Report) -> Identity:
     """What two reports share when they are runs of one case."""
+    if isinstance(report, KernelReport):
+        return report.key, "kernel", None
+    if isinstance(report, FunctionReport):
+        return report.name, "function", None
     return report.job_key, report.origin, report.rank if report.origin in ("fake", "cuda-virtual") else None
 
 
-def run_of(report: StepReport) -> Run:
-    """The figures of ``report`` that the gate compares."""
-    git = report.provenance.get("git")
-    commit = git.get("commit") if isinstance(git, dict) else None
-    return Run(
-        record=hashlib.sha256(report_to_json(report).encode()).hexdigest()[:16],
-        date_utc=report.provenance.get("date_utc"),
-        commit=f"{commit[:12]}{'+' if git.get('dirty') else ''}" if isinstance(git, dict) and commit else None,
-        fits=report.fits,
-        step_s=report.step_s,
-        tokens_per_s=report.tokens_per_s,
-        peak_allocated_bytes=report.peak_allocated_bytes,
+def kind_of(report: Report) -> Kind:
+    """What ``report`` measured."""
+    return (
+        "kernel" if isinstance(report, KernelReport) else "function" if isinstance(report, FunctionReport) else "step"
     )
 
 
-def case_name(report: StepReport) -> str:
+def run_of(report: Report) -> Run:
+    """The figures of ``report`` that the gate compares."""
+    git = report.provenance.get("git")
+    commit = git.get("commit") if isinstance(git, dict) else None
+    text = report_to_json(report) if isinstance(report, StepReport) else json.dumps(report.to_dict(), sort_keys=True)
+    run = Run(
+        record=hashlib.sha256(text.encode()).hexdigest()[:16],
+        date_utc=report.provenance.get("date_utc"),
+        commit=f"{commit[:12]}{'+' if git.get('dirty') else ''}" if isinstance(git, dict) and commit else None,
+    )
+    if isinstance(report, KernelReport):
+        run = replace(run, kernel_bytes_per_s=report.bytes_per_s)
+        if report.device == "cuda" or not report.copy_bytes_per_s:  # a GPU's clocks are recorded instead
+            return run
+        return replace(run, yardstick="copy of a byte", yardstick_s=1 / report.copy_bytes_per_s)
+    tokens = report.tokens_per_s if isinstance(report, StepReport) else None
+    return replace(
+        run, fits=report.fits if isinstance(report, StepReport) else None, step_s=report.step_s, tokens_per_s=tokens,
+        peak_allocated_bytes=report.peak_allocated_bytes, yardstick=report.provenance.get("yardstick"),
+        yardstick_s=yardstick_median(report.provenance), step_yardsticks=step_in_yardsticks(report.provenance),
+    )  # fmt: skip
+
+
+def case_name(report: Report) -> str:
     """The case for people, e.g. ``gpt-30m 2x zero2 fp32 seq128 mb1 [cpu]``."""
+    if isinstance(report, KernelReport):
+        return report.label
+    if isinstance(report, FunctionReport):
+        return report.name
     rank = identity_of(report)[2]
     return f"{label_of(report)}{f' rank{rank}' if rank else ''} [{report.origin}]"
 
 
 def update(
-    old: Baseline, reports: Iterable[StepReport], forecasts: Mapping[str, StepReport], newest: int | None = None
+    old: Baseline, reports: Iterable[Report], forecasts: Mapping[str, StepReport], newest: int | None = None
 ) -> Baseline:
     """``old`` with every case in ``reports`` added or replaced; other cases and environments stay as they are.
 
     ``newest`` keeps that many runs of each case. Forecasts, predictions and runs that did not fit are left out. Raises
     ``InputError`` when nothing is left, or when two jobs share a name.
     """
-    groups: dict[tuple[tuple[str | None, ...], Identity], list[StepReport]] = {}
+    groups: dict[tuple[tuple[str | None, ...], Identity], list[Report]] = {}
     for report in reports:
-        if report.origin != "predicted" and report.fits is not False:
+        if not isinstance(report, StepReport) or (report.origin != "predicted" and report.fits is not False):
             place = tuple(environment_of(report.provenance).values())
             groups.setdefault((place, identity_of(report)), []).append(report)
     if not groups:
@@ -168,23 +208,33 @@ def _named_apart(cases: Iterable[BaselineCase]) -> tuple[BaselineCase, ...]:
     return tuple(sorted(named, key=lambda c: c.name))
 
 
-def _case_of(reports: Sequence[StepReport], forecasts: Mapping[str, StepReport]) -> BaselineCase:
+def _case_of(reports: Sequence[Report], forecasts: Mapping[str, StepReport]) -> BaselineCase:
     last = reports[-1]
-    forecast = forecasts.get(last.job_key)
+    key, origin, rank = identity_of(last)
+    forecast = forecasts.get(key) if isinstance(last, StepReport) else None
     figures = {} if forecast is None else {n: getattr(forecast, n) for n in ("peak_allocated_bytes", "step_s")}
     runs = {run.record: run for run in map(run_of, reports)}
     return BaselineCase(
         name=case_name(last),
-        job_key=last.job_key,
-        origin=last.origin,
-        rank=identity_of(last)[2],
+        kind=kind_of(last),
+        job_key=key,
+        origin=origin,
+        rank=rank,
         steps=max(1, int(last.provenance.get("steps") or 1)),
         warmup=int(last.provenance.get("warmup") or 0),
         seed=int(last.provenance.get("seed") or 0),
         forecast={name: value for name, value in figures.items() if value is not None},
         runs=tuple(runs.values()),
-        job=last.job,
+        job=_what(last),
     )
+
+
+def _what(report: Report) -> dict[str, Any]:
+    """Enough to measure the same again."""
+    if isinstance(report, KernelReport):
+        names = ("kernel", "backward", "implementation", "device", "dtype")
+        return {n: getattr(report, n) for n in names} | {"shape": list(report.shape), "n_bytes": report.counted_bytes}
+    return report.job if isinstance(report, StepReport) else {}
 
 
 def save_baseline(baseline: Baseline, path: str | Path) -> None:
@@ -204,6 +254,8 @@ def save_baseline(baseline: Baseline, path: str | Path) -> None:
 def _pretty(value: Any, indent: str = "") -> str:
     """JSON with sorted keys, one run (or list of plain values) per line: a change touches only its own lines."""
     inner = indent + "  "
+    if isinstance(value, dict) and "record" in value:
+        value = {k: v for k, v in value.items() if v is not None}
     if isinstance(value, dict) and value and ("record" not in value):
         items = [f"{inner}{json.dumps(k)}: {_pretty(v, inner)}" for k, v in sorted(value.items())]
         return "{\n" + ",\n".join(items) + f"\n{indent}}}"
@@ -254,6 +306,10 @@ def _build(cls: Any, data: Any, where: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise unknown_choice(where, value, get_args(hint))
+        return value
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise InputError(f"{where} is {value!r:.60}; allowed: a list")

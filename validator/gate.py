@@ -1,10 +1,9 @@
 """The gate: holds new runs of a case against its baseline and decides, metric by metric.
 
 Timed metrics are decided on runs, not on steps: steps of one process share its memory layout, clocks and neighbours, so they
-are no independent samples (``benchmarks/bench_gate.py`` counts the false alarms that this would cost). The test is the exact
-rank test of Mann and Whitney (Annals of Mathematical Statistics 18, 1947) on the runs' medians; the change is the Hodges-Lehmann
-estimate (Annals of Mathematical Statistics 34, 1963), the median of all pairwise differences of logarithms, and its interval is
-what the rank test does not reject (Moses; D. F. Bauer, JASA 67, 1972). No random numbers: equal records give equal answers.
+are no independent samples (``benchmarks/bench_gate.py`` counts the false alarms that this would cost). The tests are exact
+(``validator.ranks``). Where both sides timed the same yardstick, a change of the machine's own speed is taken out first
+(``validator.pace``).
 """
 
 from __future__ import annotations
@@ -12,26 +11,56 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
-
-import numpy as np
 
 from estimator.report import StepReport
 from estimator.units import format_bytes, format_seconds
-from validator.baseline import BaselineCase, Identity, Run, case_name, identity_of, run_of
+from validator.baseline import BaselineCase, Identity, Report, Run, case_name, identity_of, run_of
+from validator.pace import Pace, at_one_pace
+from validator.ranks import ALPHA, ALPHA_PASS, MOST_RUNS, Shift, pairs_needed, runs_needed, shift_of, shift_of_pairs
 
-ALPHA = 0.01
-"""Largest probability of a false alarm of one metric in one direction that the rank test admits (before the minimum effect)."""
-ALPHA_PASS = 0.05
-"""Largest probability with which a loss of exactly the minimum effect may pass."""
-GOOD_RUNS = 5
-"""Runs on each side with which the rank test can reach ``ALPHA`` with one pair of runs in the wrong order: P(U <= 1) = 2/252."""
-MOST_RUNS = 30
-"""More than this is never asked for."""
-METRICS = ("step_s", "tokens_per_s", "peak_allocated_bytes", "step_prediction_error", "peak_prediction_error")
 Status = Literal["pass", "regressed", "improved", "inconclusive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One figure of a run that the gate decides with a test."""
+
+    name: str
+    shown: Callable[[float], str]
+    """A value for people."""
+    sign: int = 1
+    """1: less is better, -1: more is."""
+    ratio: bool = True
+    """Whether relative changes count, or differences."""
+
+    def scale(self, value: float) -> float:
+        """So that a larger difference is worse by as much."""
+        return self.sign * (math.log(value) if self.ratio else value)
+
+    def change(self, worse: float) -> float:
+        """The change of the value that ``worse``, a difference on the scale, stands for."""
+        return math.expm1(self.sign * worse) if self.ratio else self.sign * worse
+
+
+_METRICS = {
+    m.name: m
+    for m in (
+        Metric(name="step_s", shown=format_seconds),
+        Metric(name="tokens_per_s", shown=lambda v: f"{v:,.0f}", sign=-1),
+        Metric(name="peak_allocated_bytes", shown=format_bytes),
+        Metric(name="step_prediction_error", shown=lambda v: f"{v:.1%}", ratio=False),
+        Metric(name="peak_prediction_error", shown=lambda v: f"{v:.1%}", ratio=False),
+        Metric(name="kernel_bytes_per_s", shown=lambda v: f"{v / 1e9:,.4g} GB/s", sign=-1),
+    )
+}
+METRICS = tuple(_METRICS)
+
+
+def shown(metric: str, value: float) -> str:
+    """A value of ``metric`` for people."""
+    return _METRICS[metric].shown(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +73,15 @@ class Verdict:
     baseline: float | None
     """Median over the runs (bytes: the largest)."""
     now: float | None
+    """The same for the new runs; where the machine's speed is taken out, as it would be at the baseline's speed."""
     change: float | None = None
     """Relative change, for prediction errors the difference of the errors; likewise ``low`` and ``high``, its 98 % interval."""
     low: float | None = None
     high: float | None = None
+    machine: float | None = None
+    """By how much the machine itself was slower (below 0: faster), by its yardstick."""
+    taken_out: bool = False
+    """Whether that is taken out of the figures above; else the interval is as much wider."""
     n_baseline: int = 0
     n_now: int = 0
     more_runs: int = 0
@@ -55,16 +89,6 @@ class Verdict:
     more_baseline_runs: int = 0
     reason: str = ""
     """One sentence."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shift:
-    """By how much new values lie above old ones."""
-
-    estimate: float
-    low: float | None
-    """Bounds that the rank test at ``ALPHA`` on each side does not reject; ``None``: too few values for any bound."""
-    high: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +112,22 @@ class Gate:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """One case: its new runs, and how they are to be compared."""
+
+    case: BaselineCase
+    new: Sequence[Run]
+    min_effect: float
+    forecast: StepReport | None = None
+    """Today's."""
+    paired: bool = False
+    """Whether run i of one side was measured beside run i of the other."""
+
+
 def check(
     cases: Sequence[BaselineCase],
-    reports: Iterable[StepReport],
+    reports: Iterable[Report],
     *,
     min_effect: float = 0.03,
     metrics: Sequence[str] = METRICS,
@@ -104,51 +141,69 @@ def check(
     slow-downs below 3 % pass.
     """
     runs: dict[Identity, list[Run]] = {case.identity: [] for case in cases}
-    old = {run.record for case in cases for run in case.runs}
+    seen = {run.record for case in cases for run in case.runs}
     unknown: dict[str, None] = {}
     for report in reports:
-        if report.origin == "predicted":
+        if isinstance(report, StepReport) and report.origin == "predicted":
             continue
         if identity_of(report) not in runs:
             unknown[case_name(report)] = None
-        elif (run := run_of(report)).record not in old:
+        elif (run := run_of(report)).record not in seen:
             runs[identity_of(report)].append(run)
-            old.add(run.record)
-    verdicts = [
-        verdict
-        for case in cases
-        for metric in metrics
-        if (
-            verdict := _decide(
-                case,
-                metric,
-                runs[case.identity][-newest:] if newest else runs[case.identity],
-                min_effect,
-                (forecasts or {}).get(case.job_key),
-            )
-        )
-        is not None
-    ]
+            seen.add(run.record)
+    verdicts: list[Verdict] = []
+    for case in cases:
+        new = runs[case.identity][-newest:] if newest else runs[case.identity]
+        forecast = (forecasts or {}).get(case.job_key)
+        verdicts += check_runs(case, new, min_effect=min_effect, metrics=metrics, forecast=forecast)
     return Gate(verdicts=tuple(verdicts), unknown_cases=tuple(unknown))
 
 
-def _decide(
-    case: BaselineCase, metric: str, now: Sequence[Run], min_effect: float, forecast: StepReport | None
-) -> Verdict | None:
-    """The verdict, or ``None`` where the baseline (or the forecast) does not know the metric."""
+def check_runs(
+    case: BaselineCase, new: Sequence[Run], *, min_effect: float = 0.03, metrics: Sequence[str] = METRICS,
+    forecast: StepReport | None = None, paired: bool = False,
+) -> tuple[Verdict, ...]:  # fmt: skip
+    """Decides every known metric of ``case``. ``paired``: run i of ``new`` was measured right before or after ``case.runs[i]``."""
+    assert not paired or len(new) == len(case.runs), "runs come in pairs"
+    question = _Question(case=case, new=new, min_effect=min_effect, forecast=forecast, paired=paired)
+    return tuple(verdict for metric in metrics if (verdict := _decide(question, metric)) is not None)
+
+
+def _decide(q: _Question, metric: str) -> Verdict | None:
+    """The verdict, or ``None`` where the baseline (or the forecast) does not know the metric.
+
+    Timed metrics are decided at one pace and as they were measured, each with the doubt that the machine's own change leaves; the
+    narrower interval counts.
+    """
     if metric == "peak_allocated_bytes":
-        return _decide_bytes(case, now)
+        return _decide_bytes(q.case, q.new)
+    old, new, pace = at_one_pace(q.case.runs, q.new, paired=q.paired)
+    verdict = _decide_at(q, metric, old, new, pace)
+    if pace is None or verdict is None or metric == "peak_prediction_error":
+        return verdict
+    plain = _decide_at(q, metric, q.case.runs, q.new, replace(pace, taken_out=False))
+    return min((v for v in (verdict, plain) if v is not None), key=_width)
+
+
+def _width(verdict: Verdict) -> float:
+    return math.inf if verdict.low is None or verdict.high is None else verdict.high - verdict.low
+
+
+def _decide_at(q: _Question, metric: str, old: Sequence[Run], new: Sequence[Run], pace: Pace | None) -> Verdict | None:
     if metric.endswith("_prediction_error"):
         name = "step_s" if metric.startswith("step") else "peak_allocated_bytes"
-        then_s, now_s = case.forecast.get(name), None if forecast is None else getattr(forecast, name)
-        if then_s is None or now_s is None:
+        then, now = q.case.forecast.get(name), None if q.forecast is None else getattr(q.forecast, name)
+        if then is None or now is None:
             return None
-        base, new = _errors(case.runs, name, then_s), _errors(now, name, now_s)
+        before, after = _errors(old, name, then), _errors(new, name, now)
         if metric == "peak_prediction_error":
-            return _decide_exact_error(case.name, base, new, min_effect) if base else None
-        return decide_shift(case.name, metric, base, new, min_effect, lambda x: x, _points) if base else None
-    base, new = _known(case.runs, metric), _known(now, metric)
-    return decide_ratio(case.name, metric, base, new, min_effect) if base else None
+            return _decide_exact_error(q.case.name, before, after, q.min_effect) if before else None
+    else:
+        before, after = _known(old, metric), _known(new, metric)
+    if not before:
+        return None
+    paired = q.paired and len(before) == len(after)
+    return decide_shift(q.case.name, metric, before, after, q.min_effect, pace, paired=paired)
 
 
 def _known(runs: Iterable[Run], name: str) -> list[float]:
@@ -188,120 +243,74 @@ def _decide_exact_error(case: str, base: Sequence[float], new: Sequence[float], 
         return Verdict(**fields, status="inconclusive", more_runs=1, reason="no new run: needs 1 more run")
     change = max(new) - max(base)
     status: Status = "regressed" if change >= min_effect else "improved" if change <= -min_effect else "pass"
-    text = f"{_points(max(base))} to {_points(max(new))}, {100 * change:+.1f} points"
+    text = f"{max(base):.1%} to {max(new):.1%}, {100 * change:+.1f} points"
     return Verdict(**fields, status=status, change=change, reason=f"error of the forecast peak {text}")
 
 
-def decide_ratio(case: str, metric: str, base: Sequence[float], new: Sequence[float], min_effect: float) -> Verdict:
-    """Decides ``step_s`` (less is better) or ``tokens_per_s`` (more is better) by relative change."""
-    unit = format_seconds if metric == "step_s" else _rate
-    return decide_shift(case, metric, base, new, min_effect, math.log, unit, sign=-1 if metric == "tokens_per_s" else 1)
-
-
 def decide_shift(
-    case: str, metric: str, base: Sequence[float], new: Sequence[float], min_effect: float,
-    scale: Callable[[float], float], shown: Callable[[float], str], sign: int = 1,
+    case: str, metric: str, base: Sequence[float], new: Sequence[float], min_effect: float, pace: Pace | None = None,
+    *, paired: bool = False,
 ) -> Verdict:  # fmt: skip
     """Regressed: significantly worse and worse by ``min_effect`` or more; improved: the same for better; pass: a loss of
-    ``min_effect`` is excluded; else inconclusive. ``scale`` makes differences comparable (``math.log`` for ratios).
+    ``min_effect`` is excluded; else inconclusive.
+
+    ``pace`` is how the machine's speed differed, which ``new`` holds no more; its own uncertainty widens the interval.
     """
-    fields: dict[str, Any] = {"case": case, "metric": metric, "n_baseline": len(base), "n_now": len(new)}
-    then = statistics.median(base)
+    m = _METRICS[metric]
+    n_new, n_base = len(new), len(base)
+    fields: dict[str, Any] = {"case": case, "metric": metric, "n_baseline": n_base, "n_now": n_new}
+    fields |= {"baseline": statistics.median(base), "machine": pace and pace.change}
+    fields |= {"taken_out": pace is not None and pace.taken_out}
     if not new:
-        needed = runs_needed(None, 0.0, 0, len(base))
+        needed = runs_needed(None, 0.0, 0, n_base)
         return Verdict(
-            **fields, status="inconclusive", baseline=then, now=None, more_runs=needed[0], more_baseline_runs=needed[1],
-            reason=f"no new run: {_needs(*needed, len(new))}",
+            **fields, status="inconclusive", now=None, more_runs=needed[0], more_baseline_runs=needed[1],
+            reason=f"no new run: {_needs(*needed, n_new)}",
         )  # fmt: skip
-    now = statistics.median(new)
-    worse = shift_of([sign * scale(v) for v in base], [sign * scale(v) for v in new])
-    ratio = scale is math.log
-    upper = shift_of([sign * scale(v) for v in base], [sign * scale(v) for v in new], ALPHA_PASS).high
-    least = math.log1p(min_effect) if ratio else min_effect
-    bounds = [sign * b for b in (worse.low, worse.high) if b is not None]
-    back: Callable[[float], float] = math.expm1 if ratio else (lambda x: x)
-    change, ends = back(sign * worse.estimate), sorted(back(b) for b in bounds)
-    fields |= {"baseline": then, "now": now, "change": change}
-    fields |= {"low": ends[0], "high": ends[1]} if ends else {}
-    unit = "%" if ratio else "points"
-    text = f"{shown(then)} to {shown(now)}, {100 * change:+.1f} {unit}"
+    old_values, new_values = [m.scale(v) for v in base], [m.scale(v) for v in new]
+    doubt = 0.0 if pace is None else pace.doubt
+
+    def shift(alpha: float) -> Shift:
+        if paired:
+            return shift_of_pairs([b - a for a, b in zip(old_values, new_values, strict=True)], alpha)
+        return shift_of(old_values, new_values, alpha)
+
+    worse, least = shift(ALPHA), math.log1p(min_effect) if m.ratio else min_effect
+    upper = shift(ALPHA_PASS).high
+    low, high = (None if end is None else end + side * doubt for end, side in ((worse.low, -1), (worse.high, 1)))
+    ends = sorted(m.change(end) for end in (low, high) if end is not None)
+    change, now, unit = m.change(worse.estimate), statistics.median(new), "%" if m.ratio else "points"
+    fields |= {"now": now, "change": change, **({"low": ends[0], "high": ends[1]} if ends else {})}
+    text = f"{m.shown(fields['baseline'])} to {m.shown(now)}, {100 * change:+.1f} {unit}"
     text += f" ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})" if ends else ""
-    if worse.low is not None and worse.high is not None:
-        if worse.low > 0 and worse.estimate >= least:
+    text += f"; {pace.text}" if pace is not None else ""
+    if low is not None and high is not None:
+        if low > 0 and worse.estimate >= least:
             return Verdict(**fields, status="regressed", reason=f"worse: {text}")
-        if worse.high < 0 and worse.estimate <= -least:
+        if high < 0 and worse.estimate <= -least:
             return Verdict(**fields, status="improved", reason=f"better: {text}")
-        if upper is not None and upper < least:
+        if upper is not None and upper + doubt < least:
             return Verdict(**fields, status="pass", reason=f"no loss of {100 * min_effect:g} {unit}: {text}")
     half = None if worse.low is None or worse.high is None else (worse.high - worse.low) / 2
-    room = worse.estimate if worse.estimate >= least else least - worse.estimate
-    needed = runs_needed(half, room, len(new), len(base))
+    room = (worse.estimate if worse.estimate >= least else least - worse.estimate) - doubt
+    needed = pairs_needed(half, room, n_new) if paired else runs_needed(half, room, n_new, n_base)
     return Verdict(
         **fields, status="inconclusive", more_runs=needed[0], more_baseline_runs=needed[1],
-        reason=f"cannot tell, {_needs(*needed, len(new))}: {text}",
+        reason=f"cannot tell, {_needs(*needed, n_new, paired=paired, hopeless=room <= 0)}: {text}",
     )  # fmt: skip
 
 
-def shift_of(base: Sequence[float], new: Sequence[float], alpha: float = ALPHA) -> Shift:
-    """Hodges-Lehmann estimate and interval; each bound is wrong with a probability of at most ``alpha`` (exact for
-    exchangeable, untied values, whatever their distribution).
-    """
-    differences = np.sort(np.subtract.outer(np.asarray(new, float), np.asarray(base, float)).ravel())
-    k = critical_rank(len(new), len(base), alpha)
-    return Shift(
-        estimate=float(np.median(differences)),
-        low=float(differences[k - 1]) if k else None,
-        high=float(differences[-k]) if k else None,
-    )
-
-
-@lru_cache(maxsize=4096)
-def critical_rank(n: int, m: int, alpha: float = ALPHA) -> int:
-    """Largest k with P(U <= k - 1) <= ``alpha`` for Mann and Whitney's U of ``n`` against ``m`` values; 0: none.
-
-    The counts of U are the coefficients of the Gaussian binomial coefficient, in whole numbers.
-    """
-    counts = [1] + [0] * (n * m)
-    for i in range(1, n + 1):
-        for u in range(n * m, m + i - 1, -1):  # times (1 - q^(m+i))
-            counts[u] -= counts[u - m - i]
-        for u in range(i, n * m + 1):  # divided by (1 - q^i)
-            counts[u] += counts[u - i]
-    most, below, k = alpha * math.comb(n + m, n), 0, 0
-    while k <= n * m and below + counts[k] <= most:
-        below += counts[k]
-        k += 1
-    return min(k, (n * m + 1) // 2)
-
-
-def runs_needed(half_width: float | None, room: float, n: int, m: int) -> tuple[int, int]:
-    """(new runs, baseline runs) to add until the interval is probably narrower than ``room``: its half-width shrinks like
-    the square root of 1/n + 1/m. A baseline grows only when new runs alone cannot do it.
-    """
-    for baseline in range(max(m, GOOD_RUNS), MOST_RUNS + 1):
-        for new in range(max(n, 1), MOST_RUNS + 1):
-            if (new, baseline) == (n, m) or ALPHA * math.comb(new + baseline, new) < 1:  # no bound exists
-                continue
-            if half_width is None:
-                return new - n, baseline - m
-            shrunk = half_width * math.sqrt((1 / new + 1 / baseline) / (1 / n + 1 / m))
-            if shrunk < room and new <= max(2 * baseline, n):
-                return new - n, baseline - m
-    return max(MOST_RUNS - n, 1), max(MOST_RUNS - m, 0)
-
-
-def _needs(new: int, baseline: int, n: int) -> str:
+def _needs(new: int, baseline: int, n: int, *, paired: bool = False, hopeless: bool = False) -> str:
     """What is missing, in words; ``n`` new runs are there."""
-    if n + new >= MOST_RUNS:
+    if hopeless:
+        return "needs the machine at the baseline's speed"
+    many = n + new >= MOST_RUNS
+    if paired:
+        return (
+            f"needs a quieter machine, or {new} and more further pairs" if many else f"needs {new} more pairs of runs"
+        )
+    if many:
         return f"needs a quieter machine, or {new} and more further runs on both sides"
     parts = [f"{new} more run{'s' if new != 1 else ''}"] if new else []
     parts += [f"{baseline} more in the baseline"] if baseline else []
     return "needs " + " and ".join(parts)
-
-
-def _rate(per_s: float) -> str:
-    return f"{per_s:,.0f} tokens/s"
-
-
-def _points(error: float) -> str:
-    return f"{error:.1%}"

@@ -7,22 +7,16 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from estimator.errors import InputError
-from estimator.units import format_bytes, format_seconds
 from validator.baseline import Environment
-from validator.gate import Gate, Verdict
+from validator.gate import Gate, Verdict, shown
+from validator.pace import Pace
 
 _MARKS = {"pass": "✅", "improved": "🚀", "regressed": "❌", "inconclusive": "❔"}
 
 
 def value_text(metric: str, value: float | None) -> str:
     """A metric's value for people."""
-    if value is None:
-        return "-"
-    if metric == "peak_allocated_bytes":
-        return format_bytes(value)
-    if metric == "step_s":
-        return format_seconds(value)
-    return f"{value:,.0f}" if metric == "tokens_per_s" else f"{value:.1%}"
+    return "-" if value is None else shown(metric, value)
 
 
 def change_text(verdict: Verdict) -> str:
@@ -72,7 +66,17 @@ def markdown(gate: Gate, environment: Environment) -> str:
         cells += [value_text(v.metric, v.now), change_text(v), f"{v.n_baseline} / {v.n_now}"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     notes = [f"- {v.case}, {v.metric}: {v.reason}" for v in (*gate.regressed, *gate.inconclusive)]
+    notes += [f"- {line}" for line in pace_lines(gate)]
     return "\n".join([*lines, *(["", *notes] if notes else []), ""]) + "\n"
+
+
+def pace_lines(gate: Gate) -> list[str]:
+    """By how much the machine's own speed differed, case by case where it was taken out."""
+    lines = {}
+    for v in gate.verdicts:
+        if v.machine is not None:
+            lines[v.case] = f"{v.case}: {Pace(change=v.machine, taken_out=v.taken_out).text} (yardstick)"
+    return list(lines.values())
 
 
 def headline(gate: Gate) -> str:

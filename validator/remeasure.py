@@ -7,17 +7,30 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 from estimator.errors import InputError
 from estimator.job.files import job_from_dict
 from estimator.report import StepReport
 from validator.baseline import BaselineCase, environment_of
 from validator.case import Case
+from validator.kernels.case import KernelCase
+from validator.kernels.remote import START_S, Remote
+from validator.kernels.report import KernelReport
 from validator.runner import OnProgress, measure
 
 _TREE = Path(__file__).resolve().parent.parent
 _ASK = "import json; from validator.provenance import collect; print(json.dumps(collect(with_torch=True)))"
+
+
+KERNEL_LIMIT_S = 60.0
+"""Longest that one kernel may take."""
+
+
+class _MeasuresKernels(Protocol):
+    def measure(self, case: KernelCase, limit_s: float) -> KernelReport: ...
 
 
 def local_environment() -> dict[str, str | None]:
@@ -47,19 +60,40 @@ def case_of(case: BaselineCase) -> Case:
     return again
 
 
+def kernel_case_of(case: BaselineCase) -> KernelCase:
+    """The kernel to measure. Raises ``InputError`` when this version would measure something else, or cannot."""
+    what = {name: value for name, value in case.job.items() if name != "shape"}
+    try:
+        again = KernelCase(**what)
+    except (InputError, TypeError) as error:
+        raise InputError(f"baseline case {case.name!r} cannot be measured: {error}") from None
+    if again.key != case.job_key:
+        raise InputError(
+            f"baseline case {case.name!r} cannot be measured: this version of Zerocast gives it the shape {list(again.shape)}, "
+            f"and it was measured with {case.job.get('shape')}"
+        )
+    return again
+
+
 def remeasure(
     cases: Sequence[BaselineCase],
     n_runs: int,
     on_progress: OnProgress | None = None,
     measure_one: Callable[[Case, OnProgress | None], StepReport] = measure,
-) -> Iterator[StepReport]:
-    """Runs every case ``n_runs`` times and yields each report at once.
+    kernels: Callable[[], AbstractContextManager[_MeasuresKernels]] = Remote,
+) -> Iterator[StepReport | KernelReport]:
+    """Runs every case ``n_runs`` times and yields each report at once; functions are left to their own tests.
 
     Round by round over all cases, every second round backwards, so that a machine that slowly drifts hits all cases
-    alike. ``fake`` is measured once: it has no noise.
+    alike. ``fake`` is measured once: it has no noise. The kernels of one round share a process.
     """
-    chosen = [case_of(case) for case in cases]
+    chosen = [case_of(case) for case in cases if case.kind == "step"]
+    small = [kernel_case_of(case) for case in cases if case.kind == "kernel"]
     for number in range(n_runs):
         for case in reversed(chosen) if number % 2 else chosen:
             if case.backend != "fake" or number == 0:
                 yield measure_one(case, on_progress)
+        if small:
+            with kernels() as remote:
+                for kernel in reversed(small) if number % 2 else small:
+                    yield remote.measure(kernel, START_S + KERNEL_LIMIT_S)

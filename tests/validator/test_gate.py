@@ -17,7 +17,8 @@ import pytest
 from estimator.errors import InputError
 from validator import gate_report
 from validator.baseline import Baseline, environment_of, load_baseline, save_baseline, update
-from validator.gate import check, critical_rank, decide_ratio, runs_needed, shift_of
+from validator.gate import check, decide_shift
+from validator.ranks import critical_rank, runs_needed, shift_of
 from validator.records import report_to_json
 from validator.remeasure import case_of, remeasure
 
@@ -90,43 +91,51 @@ def test_five_percent_slower_is_flagged_and_unchanged_code_is_not() -> None:
     assert sum(gate.count("pass") for gate in same) >= 0.85 * 800
 
 
+def test_a_yardstick_and_pairs_see_through_the_machine() -> None:
+    plain, paced, pairs = (bench.paced_gates(0.05, 1.0, 60, yardstick=y, paired=p) for y, p in ((False, False), (True, False), (False, True)))  # fmt: skip
+    assert plain.count("regressed") >= 6
+    assert "regressed" not in paced and "regressed" not in pairs
+    assert bench.paced_gates(0.05, 1.05, 60, yardstick=True).count("regressed") >= 48
+    assert bench.paced_gates(0.05, 1.05, 60, yardstick=False, paired=True).count("regressed") >= 54
+
+
 def test_steps_of_a_run_are_no_independent_samples() -> None:
     assert bench.pooled_false_alarms(bench.NOISES["quiet"], 100) > 0.15
 
 
 def test_throughput_and_time_agree_and_improvement_is_told() -> None:
     old, new = medians(0), medians(1, 1.08)
-    slow = decide_ratio("c", "step_s", old, new, 0.03)
-    rate = decide_ratio("c", "tokens_per_s", [32 / s for s in old], [32 / s for s in new], 0.03)
+    slow = decide_shift("c", "step_s", old, new, 0.03)
+    rate = decide_shift("c", "tokens_per_s", [32 / s for s in old], [32 / s for s in new], 0.03)
     assert slow.status == rate.status == "regressed"
     assert (1 + slow.change) * (1 + rate.change) == pytest.approx(1) and rate.low < rate.change < rate.high < 0
-    assert decide_ratio("c", "step_s", new, old, 0.03).status == "improved"
-    assert decide_ratio("c", "step_s", old, new, 0.20).status == "pass"
+    assert decide_shift("c", "step_s", new, old, 0.03).status == "improved"
+    assert decide_shift("c", "step_s", old, new, 0.20).status == "pass"
 
 
 def test_one_wild_run_does_not_decide() -> None:
     old, new = medians(2), medians(3)
-    assert decide_ratio("c", "step_s", old, [*new[:4], 50 * new[4]], 0.03).status in ("pass", "inconclusive")
-    assert decide_ratio("c", "step_s", old, [*medians(4, 1.10)[:4], 50.0], 0.03).status == "regressed"
+    assert decide_shift("c", "step_s", old, [*new[:4], 50 * new[4]], 0.03).status in ("pass", "inconclusive")
+    assert decide_shift("c", "step_s", old, [*medians(4, 1.10)[:4], 50.0], 0.03).status == "regressed"
 
 
 def test_too_few_runs_are_inconclusive_and_say_how_many_more() -> None:
-    verdict = decide_ratio("c", "step_s", medians(5), medians(6, 1.5, n=1), 0.03)
+    verdict = decide_shift("c", "step_s", medians(5), medians(6, 1.5, n=1), 0.03)
     assert (verdict.status, verdict.more_runs, verdict.more_baseline_runs) == ("inconclusive", 3, 0)
     assert "needs 3 more runs" in verdict.reason and verdict.low is None
-    again = decide_ratio("c", "step_s", medians(5), medians(6, 1.5, n=3), 0.03)
+    again = decide_shift("c", "step_s", medians(5), medians(6, 1.5, n=3), 0.03)
     assert again.status == "inconclusive" and again.more_runs == 1  # 1/56 is above the level
-    assert decide_ratio("c", "step_s", medians(5), medians(6, 1.5, n=4), 0.03).status == "regressed"
-    assert decide_ratio("c", "step_s", medians(5, n=1), medians(6, n=5), 0.03).more_baseline_runs == 4
+    assert decide_shift("c", "step_s", medians(5), medians(6, 1.5, n=4), 0.03).status == "regressed"
+    assert decide_shift("c", "step_s", medians(5, n=1), medians(6, n=5), 0.03).more_baseline_runs == 4
 
 
 def test_runs_asked_for_shrink_the_interval_enough() -> None:
     new, base = runs_needed(0.04, 0.03, 5, 5)
     assert (1 / (5 + new) + 1 / (5 + base)) ** 0.5 / (2 / 5) ** 0.5 * 0.04 < 0.03 and new < 20
     assert runs_needed(0.5, 0.0001, 5, 5) == (25, 25)
-    wild = decide_ratio("c", "step_s", [1, 2, 3, 4, 5], [1.1, 2.1, 3.1, 4.1, 5.1], 0.03)
+    wild = decide_shift("c", "step_s", [1, 2, 3, 4, 5], [1.1, 2.1, 3.1, 4.1, 5.1], 0.03)
     assert wild.status == "inconclusive" and "needs a quieter machine" in wild.reason
-    same = decide_ratio("c", "step_s", [1, 2, 3, 4, 5], [1, 2, 3, 4, 5], 0.03)
+    same = decide_shift("c", "step_s", [1, 2, 3, 4, 5], [1, 2, 3, 4, 5], 0.03)
     assert same.status == "inconclusive" and same.change == 0  # equal medians alone prove nothing
 
 
@@ -234,7 +243,7 @@ def test_another_environment_is_refused_by_name(runs) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda d: d.update(zerocast_baseline=2), "version 2, written by a newer Zerocast; allowed: at most 1"),
+        (lambda d: d.update(zerocast_baseline=3), "version 3, written by a newer Zerocast; allowed: at most 2"),
         (lambda d: d.update(zerocast_baseline="x"), "version 'x'"),
         (lambda d: d.update(enviroments=[]), "did you mean 'environments'"),
         (lambda d: d.pop("zerocast_baseline"), "is no baseline"),

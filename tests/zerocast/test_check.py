@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(zerocast, place: Path)
     good = (place / "baseline.json").read_text(encoding="utf-8")
     (place / "cut.json").write_text(good[: len(good) // 2], encoding="utf-8")
     (place / "newer.json").write_text(
-        good.replace('"zerocast_baseline": 1', '"zerocast_baseline": 9'), encoding="utf-8"
+        good.replace('"zerocast_baseline": 2', '"zerocast_baseline": 9'), encoding="utf-8"
     )
     (place / "key.json").write_text(good.replace('"runs":', '"rnus":'), encoding="utf-8")
     export_reports([], place / "empty.jsonl")
@@ -169,7 +170,7 @@ def test_without_records_it_measures_and_records(zerocast, tmp_path: Path, monke
     assert zerocast("check", "--update", "--baseline", baseline, "--records", tmp_path / "old.jsonl").code == 0
     queue = reports(2, factor=1.05, host="here", n=5)
     monkeypatch.setattr(remeasure, "local_environment", lambda: remeasure.environment_of(here))
-    monkeypatch.setattr(remeasure.remeasure, "__defaults__", (None, lambda case, _: queue.pop()))
+    monkeypatch.setattr(remeasure.remeasure, "__defaults__", (None, lambda case, _: queue.pop(), remeasure.Remote))
     done = zerocast("check", "--baseline", baseline, "--metric", "step_s")
     assert done.code == 1 and not queue and Store().count() == 5, done.err
     queue += reports(7, host="there", n=5)
@@ -178,6 +179,50 @@ def test_without_records_it_measures_and_records(zerocast, tmp_path: Path, monke
     assert [(e["environment"]["host"], len(e["cases"][0]["runs"])) for e in places] == [("here", 5), ("there", 5)]
     monkeypatch.setattr(remeasure, "local_environment", lambda: remeasure.environment_of(PLACE))
     assert "host is 'node1' here and 'here' there" in zerocast("check", "--baseline", baseline).err
+
+
+def test_against_measures_both_versions_in_pairs(zerocast, place: Path, monkeypatch) -> None:
+    import validator.against as against
+
+    measured: list[str] = []
+
+    def one(factor: float):
+        def measure(version, case):
+            measured.append(version.name)
+            slower = 1.0 if version.name == "main~1" else factor
+            drift = 1.0 + (len(measured) - 1) // 2  # by far larger than the change, but alike within a pair
+            step_s = slower * drift * (1 + 0.001 * (len(measured) % 3))
+            return replace(reports(len(measured) + 100, n=1)[0], step_s=step_s, tokens_per_s=1 / step_s)
+
+        return measure
+
+    @contextmanager
+    def unpacked(revision: str):
+        yield against.Version(tree=place, name=revision, commit="f" * 40)
+
+    monkeypatch.setattr(against, "unpacked", unpacked)
+    flags = ("check", "--baseline", place / "baseline.json", "--against", "main~1")
+    for factor, code, status in ((1.06, 1, "regressed"), (1.0, 0, "pass"), (0.9, 0, "improved")):
+        monkeypatch.setattr(against.measure_pairs, "__defaults__", (one(factor),))
+        measured.clear()
+        done = zerocast(*flags, "--json", "--junit", place / "pairs.xml")
+        found = {v["metric"]: v["status"] for v in json.loads(done.out)["verdicts"]}
+        assert done.code == code, done.err
+        assert found["step_s"] == found["tokens_per_s"] == status and found["peak_allocated_bytes"] == "pass"
+        assert len(measured) == 16 and measured[:4] == ["main~1", "the working tree", "the working tree", "main~1"]
+    assert "main~1, ffffffffffff" in zerocast(*flags, "--case", "llama", "--runs", "2").out
+    for extra, says in (
+        (("--update",), "--against measures both"),
+        (("--records", "x"), "--against measures both"),
+        (("--case", "lama-9"), "--case is 'lama-9'"),
+    ):
+        done = zerocast(*flags, *extra)
+        assert done.code == 2 and says in done.err and done.out == ""
+
+
+def test_only_the_named_cases_are_judged(zerocast, place: Path) -> None:
+    assert run(zerocast, place, "slow", "--case", "llama-3-8b").code == 1
+    assert run(zerocast, place, "slow", "--case", "gpt").code == 2
 
 
 def test_the_environment_of_this_machine_is_that_of_its_records() -> None:

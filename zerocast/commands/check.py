@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from estimator.report import StepReport
-    from validator.baseline import Baseline, BaselineCase, EnvironmentBaseline
-    from validator.gate import Gate
+    from validator.baseline import Baseline, BaselineCase, Environment, EnvironmentBaseline, Report
+    from validator.gate import Gate, Verdict
 
 RUNS = 5
 """Runs of each case when the gate measures."""
+PAIRS = 8
+"""Pairs of runs of each case with --against."""
+MOST_UNKNOWN = 5
+"""Cases outside the baseline that are named."""
 
 
 @click.command(
@@ -33,13 +38,21 @@ RUNS = 5
 )
 @click.option("--update", is_flag=True, help="Write the records into the baseline (made when missing); decide nothing.")
 @click.option("--measure", is_flag=True, help="With --update: measure the baseline's cases on this machine first.")
+@click.option(
+    "--against",
+    metavar="REV",
+    help="Measure this git revision of Zerocast's own tree, too, in turn with the code as it is; decide on the pairs.",
+)
+@click.option(
+    "--case", "wanted", metavar="TEXT", multiple=True, help="Only cases whose name has TEXT in it; repeat for several."
+)
 @click.option("--records", type=click.Path(path_type=Path), metavar="FILE", help="Records file to read.")
 @click.option("--store", "store_path", type=click.Path(path_type=Path), metavar="FILE", help="Record store to read.")
 @click.option(
     "--runs",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"Runs of each case to measure (default {RUNS}), or newest records to take (default all).",
+    help=f"Runs of each case to measure (default {RUNS}; --against: {PAIRS} pairs), or newest records to take (default all).",
 )
 @click.option(
     "--metric",
@@ -66,16 +79,17 @@ RUNS = 5
 @profile_flag
 @json_flag
 def command(
-    path: Path, update: bool, measure: bool, records: Path | None, store_path: Path | None, runs: int | None, metrics: tuple[str, ...],
-    min_effect: str, any_host: bool, strict: bool, junit: Path | None, summary: Path | None, profile_path: Path | None,
-    as_json: bool,
+    path: Path, update: bool, measure: bool, against: str | None, wanted: tuple[str, ...], records: Path | None,
+    store_path: Path | None, runs: int | None, metrics: tuple[str, ...], min_effect: str, any_host: bool, strict: bool,
+    junit: Path | None, summary: Path | None, profile_path: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Decide for every case and metric of the baseline: pass, regressed, improved or inconclusive (needs n more runs).
 
     With --records or --store the gate reads recorded runs; with neither it measures the baseline's own cases again on this
-    machine, in turn, and adds the runs to the default store. Exit codes: 0 nothing regressed, 1 something did, 2 bad input.
+    machine, in turn, and adds the runs to the default store. With --against it takes only the cases from the baseline, and
+    measures both versions here. Exit codes: 0 nothing regressed, 1 something did, 2 bad input.
     """
-    from validator.gate import METRICS, check
+    from validator.gate import METRICS
 
     least = _share(min_effect)
     for metric in metrics:
@@ -85,34 +99,110 @@ def command(
         raise InputError("--records and --store are both given; allowed: one of them")
     if measure and (not update or records is not None or store_path is not None):
         raise InputError("--measure is given; allowed: with --update, without --records and --store")
+    if against is not None and (update or any_host or records or store_path or profile_path):
+        raise InputError(
+            "--against measures both sides; allowed with it: --case, --runs, --metric, --min-effect and outputs"
+        )
     if update:
-        if metrics or junit is not None or summary is not None or strict or any_host:
+        if metrics or junit is not None or summary is not None or strict or any_host or wanted:
             raise InputError(
                 "--update decides nothing; allowed with it: --records, --store, --measure, --runs, --profile"
             )
         _update(path, measure, records, store_path, profile_path, runs, as_json)
         return
-    place, reports, notes = _reports(path, records, store_path, runs, any_host)
-    forecasts = {}
-    if not metrics or any(m.endswith("_prediction_error") for m in metrics):
-        jobs = {case.job_key for case in place.cases}
-        forecasts = _forecasts([r for r in reports if r.job_key in jobs], profile_path, store_path)
-    chosen = metrics or METRICS
-    gate = check(
-        place.cases, reports, min_effect=least, metrics=chosen, forecasts=forecasts, newest=runs if records or store_path else None
-    )  # fmt: skip
-    if not gate.verdicts:
-        raise InputError(
-            f"baseline {str(path)!r} knows none of the metrics {', '.join(chosen)} here; allowed: at least one"
+    if against is not None:
+        gate, environment, notes = _against(path, against, wanted, runs or PAIRS, metrics, least)
+    else:
+        gate, environment, notes = _judged(
+            path, records, store_path, runs, metrics, least, any_host, profile_path, wanted
         )
-    if not any(v.n_now or v.status == "regressed" for v in gate.verdicts):
-        raise InputError(f"there is no new run of any case of baseline {str(path)!r}; allowed: at least one")
-    notes += [f"not in the baseline: {name}" for name in gate.unknown_cases]
-    _tell(gate, place, notes, junit, summary, strict, as_json)
+    _tell(gate, environment, notes, junit, summary, strict, as_json)
     wrong = gate.regressed or (gate.inconclusive if strict else ())
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise Failed(f"{wrong[0].case}: {wrong[0].metric} {wrong[0].status}, {wrong[0].reason}{more}")
+
+
+def _judged(
+    path: Path, records: Path | None, store_path: Path | None, runs: int | None, metrics: tuple[str, ...], least: float,
+    any_host: bool, profile_path: Path | None, wanted: tuple[str, ...],
+) -> tuple[Gate, Environment, list[str]]:  # fmt: skip
+    """New runs, read or measured, against the baseline's."""
+    from estimator.report import StepReport
+    from validator.gate import METRICS, check
+
+    place, reports, notes = _reports(path, records, store_path, runs, any_host, wanted)
+    forecasts = {}
+    if not metrics or any(m.endswith("_prediction_error") for m in metrics):
+        jobs = {case.job_key for case in place.cases}
+        steps = [r for r in reports if isinstance(r, StepReport) and r.job_key in jobs]
+        forecasts = _forecasts(steps, profile_path, store_path) if steps else {}
+    chosen = metrics or METRICS
+    gate = check(
+        place.cases, reports, min_effect=least, metrics=chosen, forecasts=forecasts, newest=runs if records or store_path else None
+    )  # fmt: skip
+    _require_verdicts(gate.verdicts, chosen, path)
+    if not any(v.n_now or v.status == "regressed" for v in gate.verdicts):
+        raise InputError(f"there is no new run of any case of baseline {str(path)!r}; allowed: at least one")
+    unknown = [] if wanted else [f"not in the baseline: {name}" for name in gate.unknown_cases]
+    if len(unknown) > MOST_UNKNOWN:
+        unknown[MOST_UNKNOWN:] = [f"and {len(unknown) - MOST_UNKNOWN} more cases that are not in the baseline"]
+    return gate, place.environment, notes + unknown
+
+
+def _against(
+    path: Path, revision: str, wanted: tuple[str, ...], n_pairs: int, metrics: tuple[str, ...], least: float
+) -> tuple[Gate, Environment, list[str]]:
+    """The code as it is against ``revision``, on the cases of the baseline, in pairs of runs."""
+    from validator.against import measure_pairs, unpacked, working_tree
+    from validator.baseline import Baseline, environment_of, load_baseline, run_of, update
+    from validator.gate import METRICS, Gate, check_runs
+    from validator.runner import MeasureError
+    from validator.store import Store
+    from zerocast.show import progress
+
+    known = {case.identity: case for place in load_baseline(path).environments for case in place.cases}
+    cases = [case for case in _chosen(list(known.values()), wanted, path) if case.kind == "step"]
+    if not cases:
+        raise InputError(f"baseline {str(path)!r} has no case of a training step; allowed with --against: at least one")
+    store = Store()
+    verdicts: list[Verdict] = []
+    environment: Environment = {}
+    with progress() as bar, unpacked(revision) as old:
+        new = working_tree()
+        task = bar.add_task("measuring", total=sum(1 if c.origin == "fake" else n_pairs for c in cases))
+        for case in cases:
+            pairs: list[tuple[StepReport, StepReport]] = []
+            try:
+                for pair in measure_pairs(case, old, new, n_pairs):
+                    store.add_many(pair)
+                    pairs.append(pair)
+                    bar.update(task, advance=1)
+            except MeasureError as error:
+                raise Failed(str(error)) from None
+            environment = environment_of(pairs[0][1].provenance)
+            (place,) = update(Baseline(), [a for a, _ in pairs], {}).environments
+            verdicts += check_runs(
+                place.cases[0], [run_of(b) for _, b in pairs], min_effect=least, metrics=metrics or METRICS, paired=True
+            )
+    _require_verdicts(tuple(verdicts), metrics or METRICS, path)
+    commit = f"baseline: {revision}, {(old.commit or '')[:12]}"
+    return Gate(verdicts=tuple(verdicts)), environment, [f"{commit}; now: the working tree, measured in turn"]
+
+
+def _require_verdicts(verdicts: tuple[Verdict, ...], metrics: Sequence[str], path: Path) -> None:
+    if not verdicts:
+        raise InputError(
+            f"baseline {str(path)!r} knows none of the metrics {', '.join(metrics)} here; allowed: at least one"
+        )
+
+
+def _chosen(cases: Sequence[BaselineCase], wanted: tuple[str, ...], path: Path) -> tuple[BaselineCase, ...]:
+    """The cases that ``--case`` names."""
+    found = tuple(case for case in cases if not wanted or any(text in case.name for text in wanted))
+    if not found and wanted:
+        raise unknown_choice("--case", wanted[0], [case.name for case in cases])
+    return found
 
 
 def _share(text: str) -> float:
@@ -127,12 +217,13 @@ def _share(text: str) -> float:
     return share
 
 
-def _read(records: Path | None, store_path: Path | None) -> list[StepReport]:
-    from validator.records import import_reports
+def _read(records: Path | None, store_path: Path | None) -> list[Report]:
+    from estimator.report import StepReport
+    from validator.gate_records import read_records, read_store
     from validator.store import Store
 
-    reports = import_reports(records) if records is not None else Store(store_path).reports()
-    measured = [r for r in reports if r.origin != "predicted"]
+    reports = read_records(records) if records is not None else read_store(Store(store_path))
+    measured: list[Report] = [r for r in reports if not isinstance(r, StepReport) or r.origin != "predicted"]
     if not measured:
         raise InputError(f"{records or Store(store_path).path} holds no measured runs; allowed: at least one")
     return measured
@@ -142,6 +233,7 @@ def _update(
     path: Path, measure: bool, records: Path | None, store_path: Path | None, profile_path: Path | None, runs: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
+    from estimator.report import StepReport
     from validator.baseline import Baseline, load_baseline, save_baseline, update
     from zerocast.show import say, write_json
 
@@ -151,7 +243,8 @@ def _update(
         reports = _measured(list(cases.values()), runs or RUNS)
     else:
         reports = _read(records, store_path)
-    new = update(old, reports, _forecasts(reports, profile_path, store_path), runs)
+    steps = [r for r in reports if isinstance(r, StepReport)]
+    new = update(old, reports, _forecasts(steps, profile_path, store_path) if steps else {}, runs)
     save_baseline(new, path)
     n_cases, n_runs = (
         sum(len(e.cases) for e in new.environments),
@@ -168,29 +261,29 @@ def _update(
 
 def _forecasts(reports: list[StepReport], profile_path: Path | None, store_path: Path | None) -> dict[str, StepReport]:
     """Today's forecasts by job key; a job that cannot be forecast has no prediction error."""
-    from dashboard.predictions import compare_records
     from dashboard.profiles import profiles_beside
+    from validator.compare import compare_records
 
     profile = load_profile(profile_path)
     return compare_records(reports, [profile] if profile else profiles_beside(store_path)).predicted
 
 
 def _reports(
-    path: Path, records: Path | None, store_path: Path | None, runs: int | None, any_host: bool
-) -> tuple[EnvironmentBaseline, list[StepReport], list[str]]:
+    path: Path, records: Path | None, store_path: Path | None, runs: int | None, any_host: bool, wanted: tuple[str, ...]
+) -> tuple[EnvironmentBaseline, list[Report], list[str]]:
     """The baseline's part for the environment of the records (or of this machine), the runs to judge, and notes."""
     from validator.baseline import environment_of, load_baseline
     from validator.remeasure import local_environment
 
     baseline = load_baseline(path)
     if records is None and store_path is None:
-        place = _place(baseline, local_environment(), path, any_host)
+        place = _only(_place(baseline, local_environment(), path, any_host), wanted, path)
         return place, _measured(place.cases, runs or RUNS), []
     reports = _read(records, store_path)
-    by_place: dict[tuple[str | None, ...], list[StepReport]] = {}
+    by_place: dict[tuple[str | None, ...], list[Report]] = {}
     for report in reports:
         by_place.setdefault(tuple(environment_of(report.provenance).values()), []).append(report)
-    known: list[tuple[EnvironmentBaseline, list[StepReport]]] = []
+    known: list[tuple[EnvironmentBaseline, list[Report]]] = []
     refused: list[InputError] = []
     for group in by_place.values():
         try:
@@ -204,7 +297,12 @@ def _reports(
     taken = {id(report) for _, group in known for report in group}
     kept = [report for report in reports if id(report) in taken]  # oldest first, as they came
     left = len(reports) - len(kept)
-    return known[0][0], kept, [f"{left} record(s) left out, {refused[0]}"] if left else []
+    place = _only(known[0][0], wanted, path)
+    return place, kept, [f"{left} record(s) left out, {refused[0]}"] if left else []
+
+
+def _only(place: EnvironmentBaseline, wanted: tuple[str, ...], path: Path) -> EnvironmentBaseline:
+    return replace(place, cases=_chosen(place.cases, wanted, path))
 
 
 def _place(baseline: Baseline, environment: dict[str, str | None], path: Path, any_host: bool) -> EnvironmentBaseline:
@@ -216,42 +314,50 @@ def _place(baseline: Baseline, environment: dict[str, str | None], path: Path, a
     return found
 
 
-def _measured(cases: Sequence[BaselineCase], n_runs: int) -> list[StepReport]:
+def _measured(cases: Sequence[BaselineCase], n_runs: int) -> list[Report]:
     """New runs of every case, each recorded in the default store as soon as it is there."""
+    from estimator.report import StepReport
+    from validator.kernels.report import KernelReport
     from validator.remeasure import remeasure
     from validator.runner import MeasureError
     from validator.store import Store
     from zerocast.show import progress
 
     store, reports = Store(), []
+    cases = [case for case in cases if case.kind != "function"]
+    if not cases:
+        raise InputError("the baseline has only functions of tests, which pytest measures; allowed: steps or kernels")
     n_fake = sum(c.origin == "fake" for c in cases)
     with progress() as bar:
         task = bar.add_task("measuring", total=n_fake + n_runs * (len(cases) - n_fake))
         try:
             for report in remeasure(cases, n_runs):
-                store.add(report)
+                if isinstance(report, StepReport):
+                    store.add(report)
+                elif isinstance(report, KernelReport):
+                    store.add_kernels([report])
                 reports.append(report)
                 bar.update(task, advance=1)
         except MeasureError as error:
             raise Failed(str(error)) from None
-    return reports
+    return [*reports]
 
 
 def _tell(
-    gate: Gate, place: EnvironmentBaseline, notes: list[str], junit: Path | None, summary: Path | None, strict: bool, as_json: bool
+    gate: Gate, environment: Environment, notes: list[str], junit: Path | None, summary: Path | None, strict: bool, as_json: bool
 ) -> None:  # fmt: skip
     from validator import gate_report
     from zerocast.show import say, table, write_json
 
     if junit is not None:
-        gate_report.write(junit, gate_report.junit(gate, place.environment, strict))
+        gate_report.write(junit, gate_report.junit(gate, environment, strict))
     if summary is not None:
-        gate_report.write(summary, gate_report.markdown(gate, place.environment), append=True)
+        gate_report.write(summary, gate_report.markdown(gate, environment), append=True)
     if os.environ.get("GITHUB_ACTIONS"):  # on standard error, so that --json stays JSON
         for line in gate_report.github_lines(gate, strict):
             click.echo(line, err=True)
     if as_json:
-        data: dict[str, Any] = {**gate.to_dict(), "environment": place.environment, "notes": notes}
+        data: dict[str, Any] = {**gate.to_dict(), "environment": dict(environment), "notes": notes}
         write_json({**data, "regressed": len(gate.regressed), "inconclusive": len(gate.inconclusive)})
         return
     columns = [("case", "left"), ("metric", "left"), ("baseline", "right"), ("now", "right"), ("change", "right"), ("runs", "right"), ("verdict", "left")]  # fmt: skip
@@ -263,6 +369,8 @@ def _tell(
         for v in gate.verdicts
     ]  # fmt: skip
     table("Against the baseline (runs: baseline / now)", columns, rows)
+    for text in gate_report.pace_lines(gate):
+        say(f"note: {text}")
     for v in gate.inconclusive:
         say(f"warning: {v.case}, {v.metric}: {v.reason}")
     for note in notes:
