@@ -17,9 +17,9 @@ from itertools import chain
 
 import numpy as np
 
-from validator.baseline import BaselineCase, Run
-from validator.gate import Status, check_runs, decide_shift
-from validator.yardstick import step_in_yardsticks, yardstick_median
+from validator.gate.baseline import BaselineCase, Run
+from validator.gate.decide import Status, check_runs, decide_shift
+from validator.measure.yardstick import step_in_yardsticks, yardstick_median
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,11 @@ import numpy as np
 
 from estimator.job import Cluster, Gpu, Host, Job, ModelSpec, Strategy, Workload
 from estimator.report import StepReport
-from validator import runner
-from validator.baseline import Baseline, BaselineCase, Run, run_of, update
-from validator.case import Case
-from validator.gate import Gate, check, check_runs
-from validator.pace import at_one_pace
+from validator.gate.baseline import Baseline, BaselineCase, Run, run_of, update
+from validator.gate.decide import Gate, check, check_runs
+from validator.gate.pace import at_one_pace
+from validator.measure import runner
+from validator.measure.case import Case
 
 HERE = Path(__file__).resolve().parent
 N_BASELINE, N_NEW, N_PAIRS = 12, 3, 8

@@ -1,4 +1,4 @@
-"""The measuring worker with a step that was made worse on purpose, in place of ``validator.worker``.
+"""The measuring worker with a step that was made worse on purpose, in place of ``validator.measure.worker``.
 
 ``SLOWER=0.05`` makes every step 5 % longer (it waits that part of what the step really took, inside the timed step);
 ``MORE_BYTES=n`` keeps one more tensor of n bytes alive during the step. Only benchmarks and tests use it.
@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from validator import worker
+from validator.measure import worker
 
 
 def worse(train_step: Any) -> Any:

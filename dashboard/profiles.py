@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from validator.compare import profile_of as profile_of
-from validator.store import default_path
+from validator.store.database import default_path
 
 if TYPE_CHECKING:
     from estimator.time.profile import HardwareProfile

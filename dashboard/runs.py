@@ -12,7 +12,7 @@ from dashboard.data import blame_table, compared_rows, compared_table, group_tab
 from dashboard.profiles import profiles_beside
 from estimator.time.profile_file import load_profile
 from validator.compare import GATED, GROUPINGS, Compared, compare, compare_records, group_errors, label_of
-from validator.store import Record, Store
+from validator.store.database import Record, Store
 
 GROUPS = {
     "Totals": (

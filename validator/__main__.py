@@ -19,18 +19,18 @@ from estimator.time.profile_file import load_profile
 from estimator.units import format_seconds
 from validator.calibrate import calibrate, describe, import_nccl_tests
 from validator.campaign import run_campaign, summary_lines
-from validator.case import read_case
 from validator.compare import compare_sources
 from validator.devices import check_devices, device_here, gpu_name, needs_gpu, without_gpu
 from validator.kernels.campaign import kernel_summary_lines, plan_to_dict, run_kernel_campaign
 from validator.kernels.files import KERNELS_ENDING, export_kernels, import_kernels, kernel_files
 from validator.kernels.suite import KernelPlan, expand_kernels
 from validator.kernels.summary import KernelRow, kernel_comparison, with_forecasts
+from validator.measure.case import read_case
+from validator.measure.runner import Outcome, Progress, measure_many
 from validator.provenance import available_memory_bytes
-from validator.record_files import RecordFile, has_step_records, profile_path_of, publish, read_record_files
-from validator.records import export_reports, import_reports
-from validator.runner import Outcome, Progress, measure_many
-from validator.store import Store
+from validator.store.database import Store
+from validator.store.files import RecordFile, has_step_records, profile_path_of, publish, read_record_files
+from validator.store.records import export_reports, import_reports
 from validator.suites import Place, expand, load_suite, read_suite, suite_names
 
 

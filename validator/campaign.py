@@ -20,13 +20,13 @@ from estimator.errors import InputError
 from estimator.report import StepReport
 from estimator.time.profile import HardwareProfile
 from estimator.units import format_bytes, format_seconds
-from validator.case import Case, case_to_dict
 from validator.compare import predict_for
-from validator.journal import Identity, Journal, Tell
-from validator.records import report_from_json, report_to_json
-from validator.runner import MeasureError, TimeLimitError, measure
+from validator.measure.case import Case, case_to_dict
+from validator.measure.runner import MeasureError, TimeLimitError, measure
+from validator.measure.worker import write_atomically
+from validator.store.journal import Identity, Journal, Tell
+from validator.store.records import report_from_json, report_to_json
 from validator.suites import Boundary, Plan
-from validator.worker import write_atomically
 
 RESERVE_S = 4.0
 """End of the budget in which nothing runs: what it may take to end a case's processes."""

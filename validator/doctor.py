@@ -14,7 +14,7 @@ from typing import Any, Literal
 from estimator.errors import InputError
 from estimator.units import GIB, format_bytes
 from validator import provenance
-from validator.store import Store, default_path
+from validator.store.database import Store, default_path
 
 LEAST_DISK_BYTES = 1 * GIB
 LEAST_MEMORY_BYTES = 4 * GIB

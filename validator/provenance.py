@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from validator.case import available_cores
+from validator.measure.case import available_cores
 
-_TREE = Path(__file__).resolve().parent.parent
+TREE = Path(__file__).resolve().parent.parent
+"""The source tree that runs: what processes of ours import from."""
 
 
 def collect(*, with_torch: bool = False) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def available_memory_bytes() -> int | None:
     return min(free, total) if free is not None and total is not None else free or total
 
 
-def git_state(tree: Path = _TREE) -> dict[str, Any] | None:
+def git_state(tree: Path = TREE) -> dict[str, Any] | None:
     """Commit of the source tree and whether it differs from it; ``None`` when it is not a git checkout."""
     if shutil.which("git") is None or not (tree / ".git").exists():
         return None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from estimator.predict import predict as predict
     from estimator.report import StepReport as StepReport
     from runtime import initialize as initialize
-    from validator.runner import measure as measure
+    from validator.measure.runner import measure as measure
 
 _HOMES = {
     "InputError": "estimator.errors",
@@ -28,7 +28,7 @@ _HOMES = {
     "ModelSpec": "estimator.job",
     "StepReport": "estimator.report",
     "initialize": "runtime",
-    "measure": "validator.runner",
+    "measure": "validator.measure.runner",
     "plan": "estimator.plan",
     "predict": "estimator.predict",
 }

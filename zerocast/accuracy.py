@@ -12,7 +12,7 @@ from dashboard.data import Row, blame_table, compared_rows, group_table, refusal
 from estimator.report import StepReport
 from estimator.time.interval import PUBLISHED_RUNS
 from validator.compare import GATED, GROUPINGS, Compared, Comparison, group_errors
-from validator.record_files import RecordFile
+from validator.store.files import RecordFile
 from zerocast import __version__
 
 WORST = 10

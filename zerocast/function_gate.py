@@ -20,9 +20,9 @@ import pytest
 from estimator.errors import InputError, require_int
 
 if TYPE_CHECKING:
-    from validator.baseline import Baseline, EnvironmentBaseline
-    from validator.function_run import FunctionReport
-    from validator.gate import Verdict
+    from validator.gate.baseline import Baseline, EnvironmentBaseline
+    from validator.gate.decide import Verdict
+    from validator.gate.function_run import FunctionReport
 
 _OUT, _NAME = "ZEROCAST_GATE_OUT", "ZEROCAST_GATE_NAME"
 """Environment of a measuring process: where it writes its report, and which function it measures."""
@@ -58,15 +58,15 @@ class FunctionGate:
     def _measure_here(self, name: str, step: Callable[[], object], steps: int, warmup: int) -> tuple[Verdict, ...]:
         if os.environ[_NAME] != name:
             return ()
-        from validator.function_run import measure_function
+        from validator.gate.function_run import measure_function
 
         report = measure_function(name, step, steps=steps, warmup=warmup, tree=self._config.rootpath)
         Path(os.environ[_OUT]).write_text(json.dumps(report.to_dict()), encoding="utf-8")
         pytest.skip("measured")
 
     def _decide(self, name: str, path: Path, n_runs: int, min_effect: float) -> tuple[Verdict, ...]:
-        from validator.baseline import Baseline, environment_of, load_baseline, save_baseline, update
-        from validator.gate import check
+        from validator.gate.baseline import Baseline, environment_of, load_baseline, save_baseline, update
+        from validator.gate.decide import check
 
         if self._config.getoption("--zerocast-update"):
             old = load_baseline(path) if path.exists() else Baseline()
@@ -100,7 +100,7 @@ class FunctionGate:
 
     def _run(self, name: str) -> FunctionReport:
         """One run in a process of its own. Raises ``InputError`` when it does not come as far as the gate."""
-        from validator.function_run import FunctionReport
+        from validator.gate.function_run import FunctionReport
 
         dropped = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_CURRENT_TEST")
         env = {key: value for key, value in os.environ.items() if key not in dropped}

@@ -1,4 +1,4 @@
-"""A worker with a misbehaving runtime, started in place of ``validator.worker``: ``ODD_WORKER`` names what it does.
+"""A worker with a misbehaving runtime, started in place of ``validator.measure.worker``: ``ODD_WORKER`` names what it does.
 
 Everything around the runtime (launch, process groups, gathering, reports) is the real thing.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from validator import worker
+from validator.measure import worker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

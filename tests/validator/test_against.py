@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from estimator.errors import InputError
-from validator.against import Version, measure_pairs, measure_with, unpacked, working_tree
-from validator.baseline import Baseline, BaselineCase, update
-from validator.records import report_to_json
-from validator.runner import MeasureError
+from validator.gate.against import Version, measure_pairs, measure_with, unpacked, working_tree
+from validator.gate.baseline import Baseline, BaselineCase, update
+from validator.measure.runner import MeasureError
+from validator.store.records import report_to_json
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
-RUNNER = """
-import json, pathlib
-class MeasureError(RuntimeError): pass
-def measure(case):
-    if case["seed"] == 99: raise MeasureError("it crashed")
-    here = json.loads(pathlib.Path(__file__).with_name("report.json").read_text())
-    return {**here, "step_s": STEP_S, "provenance": {**here["provenance"], "case": case}}
+MAIN = """
+import json, pathlib, sys
+case = json.loads(pathlib.Path(sys.argv[sys.argv.index("--case") + 1]).read_text())
+if case["seed"] == 98:
+    sys.exit("seed is 98; allowed: others")
+here = json.loads(pathlib.Path(__file__).with_name("report.json").read_text())
+report = {**here, "step_s": STEP_S, "provenance": {**here["provenance"], "case": case}}
+if case["seed"] == 97:
+    report["smell"] = 1
+crashed = case["seed"] == 99
+print(json.dumps([{"error": "it crashed" if crashed else None, "report": None if crashed else report}], indent=1))
+sys.exit(crashed)
 """
+"""What ``python -m validator measure`` does, without measuring."""
 
 
 def git(tree: Path, *arguments: str) -> str:
@@ -35,13 +42,11 @@ def git(tree: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def tree(tmp_path: Path, make_report) -> Path:
-    """A checkout with the names that a measuring process imports; tag ``old`` measures 1 s, the working tree 2 s."""
+    """A checkout with the command line that measures; tag ``old`` measures 1 s, the working tree 2 s."""
     tree = tmp_path / "tree"
     files = {
-        "estimator/__init__.py": "", "validator/__init__.py": "", "estimator/errors.py": "class InputError(ValueError): pass\n",
-        "validator/case.py": "def case_from_dict(data): return data\n",
-        "validator/records.py": "import json\nreport_to_json = json.dumps\n",
-        "validator/runner.py": f"STEP_S = 1.0\n{RUNNER}", "validator/report.json": report_to_json(make_report()),
+        "validator/__init__.py": "", "validator/__main__.py": f"STEP_S = 1.0\n{MAIN}",
+        "validator/report.json": report_to_json(make_report()),
     }  # fmt: skip
     for name, text in files.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +55,7 @@ def tree(tmp_path: Path, make_report) -> Path:
     git(tree, "add", ".")
     git(tree, "commit", "--quiet", "-m", "one")
     git(tree, "tag", "old")
-    (tree / "validator/runner.py").write_text(f"STEP_S = 2.0\n{RUNNER}")
+    (tree / "validator/__main__.py").write_text(f"STEP_S = 2.0\n{MAIN}")
     return tree
 
 
@@ -93,11 +98,11 @@ def test_what_cannot_be_measured_is_told(tree: Path, case: BaselineCase, tmp_pat
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(InputError, match="allowed: a commit"), unpacked("HEAD", tmp_path / "elsewhere"):
         pass
-    git(tree, "rm", "--quiet", "--force", "validator/runner.py")
+    git(tree, "rm", "--quiet", "--force", "validator/__main__.py")
     git(tree, "commit", "--quiet", "-m", "two")
     with pytest.raises(InputError, match="allowed: a version of Zerocast"), unpacked("HEAD", tree):
         pass
-    from dataclasses import replace
-
-    with unpacked("old", tree) as old, pytest.raises(MeasureError, match="with the code of old: it crashed"):
-        measure_with(old, replace(case, seed=99))
+    said = {99: "it crashed", 98: "seed is 98", 97: "'smell'"}
+    for seed, reason in said.items():
+        with unpacked("old", tree) as old, pytest.raises(MeasureError, match=f"with the code of old: .*{reason}"):
+            measure_with(old, replace(case, seed=seed))

@@ -19,15 +19,16 @@ from hypothesis import strategies as st
 from estimator.errors import InputError
 from estimator.predict import predict
 from tests.validator.fake_nvml import FakeNvml
-from validator import campaign, runner, worker
+from validator import campaign
 from validator.__main__ import main
 from validator.campaign import Records, next_probe, run_campaign, summary_lines
-from validator.case import Case
-from validator.device_memory import DeviceMeter
 from validator.devices import gpu_name
-from validator.measured import RankResult, build_report
-from validator.records import import_reports
-from validator.runner import MeasureError, TimeLimitError, measure
+from validator.measure import runner, worker
+from validator.measure.case import Case
+from validator.measure.device_memory import DeviceMeter
+from validator.measure.report import RankResult, build_report
+from validator.measure.runner import MeasureError, TimeLimitError, measure
+from validator.store.records import import_reports
 from validator.suites import Boundary, LeftOut, Place, Plan
 
 # ---- cuda-virtual and cuda ------------------------------------------------------------------------------------------

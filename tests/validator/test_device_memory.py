@@ -8,8 +8,8 @@ import os
 import pytest
 
 from tests.validator.fake_nvml import FakeNvml
-from validator.device_memory import DeviceMeter
-from validator.instruments import allocator_facts, peak_rss_bytes, pinned_peaks
+from validator.measure.device_memory import DeviceMeter
+from validator.measure.instruments import allocator_facts, peak_rss_bytes, pinned_peaks
 
 ME = os.getpid()
 

@@ -8,7 +8,7 @@ import pytest
 
 from validator import doctor
 from validator.doctor import diagnose
-from validator.store import Store
+from validator.store.database import Store
 
 
 def by_name(store_path):

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from estimator.errors import InputError
-from validator import gate_report
-from validator.baseline import Baseline, environment_of, load_baseline, save_baseline, update
-from validator.gate import check, decide_shift
-from validator.ranks import critical_rank, runs_needed, shift_of
-from validator.records import report_to_json
-from validator.remeasure import case_of, remeasure
+from validator.gate import report as gate_report
+from validator.gate.baseline import Baseline, environment_of, load_baseline, save_baseline, update
+from validator.gate.decide import check, decide_shift
+from validator.gate.ranks import critical_rank, runs_needed, shift_of
+from validator.gate.remeasure import case_of, remeasure
+from validator.store.records import report_to_json
 
 TREE = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("bench_gate", TREE / "benchmarks" / "bench_gate.py")

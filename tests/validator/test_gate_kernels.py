@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from estimator.errors import InputError
-from validator.baseline import Baseline, load_baseline, save_baseline, update
-from validator.gate import check
-from validator.gate_records import read_records
+from validator.gate.baseline import Baseline, load_baseline, save_baseline, update
+from validator.gate.decide import check
+from validator.gate.records import read_records
+from validator.gate.remeasure import kernel_case_of, remeasure
 from validator.kernels.case import KernelCase
 from validator.kernels.report import KernelReport
-from validator.remeasure import kernel_case_of, remeasure
-from validator.store import Store
+from validator.store.database import Store
 
 CASE = KernelCase(kernel="copy", dtype="fp32", n_bytes=1 << 20)
 PLACE = {"torch": "2.13.0", "host": "node1", "cpu": "a cpu"}

@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from validator import runner
-from validator.baseline import Baseline, update
-from validator.case import Case
-from validator.gate import check
+from validator.gate.baseline import Baseline, update
+from validator.gate.decide import check
+from validator.measure import runner
+from validator.measure.case import Case
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -31,8 +31,8 @@ from validator.kernels.report import KernelReport
 from validator.kernels.suite import KernelPlan, expand_kernels
 from validator.kernels.summary import summarise, with_forecasts
 from validator.kernels.table import KERNELS, NAMES, kernel
+from validator.measure.runner import MeasureError
 from validator.provenance import cpu_model
-from validator.runner import MeasureError
 from validator.suites import load_suite, read_suite
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from validator import runner
 from validator.__main__ import main
-from validator.case import Case, write_case
-from validator.records import export_reports, import_reports
-from validator.runner import MeasureError, Progress
-from validator.store import Store
+from validator.measure import runner
+from validator.measure.case import Case, write_case
+from validator.measure.runner import MeasureError, Progress
+from validator.store.database import Store
+from validator.store.records import export_reports, import_reports
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from validator.baseline import Baseline, Run, run_of, update
-from validator.gate import check, check_runs
-from validator.pace import TRACKING, at_one_pace
-from validator.yardstick import step_in_yardsticks, yardstick_median
+from validator.gate.baseline import Baseline, Run, run_of, update
+from validator.gate.decide import check, check_runs
+from validator.gate.pace import TRACKING, at_one_pace
+from validator.measure.yardstick import step_in_yardsticks, yardstick_median
 
 NAME = "steplike-1, 1 x 1 threads"
 

@@ -9,10 +9,10 @@ import pytest
 
 from runtime.reference import TOLERANCES, Tolerance
 from tests.validator.test_campaign import make_report
-from validator import runner, worker
 from validator.campaign import Records
-from validator.case import Case
-from validator.runner import MeasureError
+from validator.measure import runner, worker
+from validator.measure.case import Case
+from validator.measure.runner import MeasureError
 
 
 def test_a_record_without_the_reference_does_not_stand_for_one_with(make_job, tmp_path):

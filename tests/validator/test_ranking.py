@@ -9,10 +9,10 @@ import pytest
 from estimator.job.options import JobOptions, build_job
 from estimator.predict import predict
 from validator.calibrate import calibrate
-from validator.case import Case
 from validator.compare import compare, spearman
-from validator.runner import measure_many
-from validator.store import Store
+from validator.measure.case import Case
+from validator.measure.runner import measure_many
+from validator.store.database import Store
 
 CASES: list[dict] = [
     {"gpus": 1, "zero": 0, "seq_len": 64},

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from validator.ranks import ALPHA, GOOD_PAIRS, critical_signed_rank, pairs_needed, shift_of_pairs
+from validator.gate.ranks import ALPHA, GOOD_PAIRS, critical_signed_rank, pairs_needed, shift_of_pairs
 
 
 @pytest.mark.parametrize("n", [1, 5, 7, 8, 11])

@@ -15,8 +15,8 @@ from validator.__main__ import main
 from validator.compare import GROUPINGS, compare_sources, group_errors, settings_of
 from validator.kernels.files import export_kernels, import_kernels
 from validator.kernels.report import KernelReport
-from validator.record_files import profile_path_of, publish, read_record_files
-from validator.records import export_reports, import_reports
+from validator.store.files import profile_path_of, publish, read_record_files
+from validator.store.records import export_reports, import_reports
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from estimator.errors import InputError
 from estimator.report import StepReport
-from validator.records import export_reports, import_reports, report_from_json, report_to_json
+from validator.store.records import export_reports, import_reports, report_from_json, report_to_json
 
 
 @pytest.fixture

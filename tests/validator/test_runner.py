@@ -17,12 +17,12 @@ import pytest
 from estimator.errors import InputError
 from estimator.report import CATEGORIES, PHASES, TIME_PARTS
 from estimator.sharding.units import count_params, model_units
-from validator import runner
-from validator.case import Case, available_cores, case_from_dict, case_to_dict, read_case, write_case
-from validator.measured import RankResult, build_report, interquartile_range
-from validator.runner import MeasureError, Progress, measure, measure_many
-from validator.store import Store
-from validator.worker import is_out_of_memory
+from validator.measure import runner
+from validator.measure.case import Case, available_cores, case_from_dict, case_to_dict, read_case, write_case
+from validator.measure.report import RankResult, build_report, interquartile_range
+from validator.measure.runner import MeasureError, Progress, measure, measure_many
+from validator.measure.worker import is_out_of_memory
+from validator.store.database import Store
 
 HERE = Path(__file__).parent
 
@@ -185,7 +185,7 @@ def test_a_killed_measuring_program_leaves_no_orphans(odd_worker, make_job, tmp_
     odd_worker("hang")
     write_case(Case(job=make_job(n_gpus=2), backend="cpu", time_limit_s=60), tmp_path / "case.json")
     script = (
-        "import sys; from validator import runner; from validator.case import read_case; runner.WORKER = 'odd_worker'\n"
+        "import sys; from validator.measure import runner; from validator.measure.case import read_case; runner.WORKER = 'odd_worker'\n"
         "runner.measure(read_case(sys.argv[1]), lambda p: print(p.stage, flush=True))"
     )
     parent = subprocess.Popen(

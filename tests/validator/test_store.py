@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from estimator.errors import InputError
-from validator import store as store_module
-from validator.store import Store, default_path
+from validator.store import database as store_module
+from validator.store.database import Store, default_path
 
 WRITER = """
 import sys
 from estimator.report import StepReport
-from validator.store import Store
+from validator.store.database import Store
 store, name, count = Store(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 for i in range(count):
     store.add(StepReport(origin="cpu", job_key=f"{name}-{i}", step_s=float(i)))

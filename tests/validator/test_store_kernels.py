@@ -16,8 +16,8 @@ from estimator.errors import InputError
 from validator.__main__ import main
 from validator.kernels.files import export_kernels, import_kernels, kernel_from_json, kernel_to_json
 from validator.kernels.report import KernelReport
-from validator.records import export_reports, import_reports, report_to_json
-from validator.store import APPLICATION_ID, Store, _digest
+from validator.store.database import APPLICATION_ID, Store, _digest
+from validator.store.records import export_reports, import_reports, report_to_json
 
 VERSION_1 = (
     "CREATE TABLE records (id INTEGER PRIMARY KEY AUTOINCREMENT, digest TEXT NOT NULL UNIQUE, added_utc TEXT NOT NULL,"
@@ -92,7 +92,7 @@ import sys
 from dataclasses import replace
 from estimator.report import StepReport
 from validator.kernels.report import KernelReport
-from validator.store import Store
+from validator.store.database import Store
 store, kernels = Store(sys.argv[1]), sys.argv[2] == "kernels"
 for i in range(int(sys.argv[3])):
     if kernels:
@@ -138,7 +138,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from estimator.errors import InputError
-from validator.journal import append_line
+from validator.store.journal import append_line
 path, limit = Path(sys.argv[1]), int(sys.argv[2])
 append_line(path, "first")
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -24,7 +24,9 @@ def local_machine() -> Place:
         name="cpu", arch="cpu", memory_bytes=8 * GIB, memory_bytes_per_s=1e10, peak_flops={"fp32": 1e11, "bf16": 1e11}, n_sms=2,
         l2_bytes=1 << 20, link_bytes_per_s=1e9, host_link_bytes_per_s=1e10,
     )  # fmt: skip
-    return Place(gpu_here="h200", local_gpu=gpu, local_host=Host(memory_bytes=8 * GIB, n_cores=2, memory_bytes_per_s=1e10))
+    return Place(
+        gpu_here="h200", local_gpu=gpu, local_host=Host(memory_bytes=8 * GIB, n_cores=2, memory_bytes_per_s=1e10)
+    )
 
 
 def small(**matrix: object) -> Suite:
@@ -44,7 +46,9 @@ def write(tmp_path):
 @pytest.mark.parametrize("name", [name for name in suite_names() if not name.startswith("kernels")])
 def test_a_shipped_suite_runs_on_its_machine(name):
     suite = load_suite(name)
-    plan = expand(replace(suite, combinations=suite.combinations[::7]), local_machine() if name in ("cpu", "parity") else H200)
+    plan = expand(
+        replace(suite, combinations=suite.combinations[::7]), local_machine() if name in ("cpu", "parity") else H200
+    )
     assert suite.about and (plan.cases or plan.boundaries)
     allowed = ("the same step as", "it would pin")
     assert [item.reason for item in plan.left_out if not item.reason.startswith(allowed)] == []

@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("torch")
 
 from runtime.ledger import Ledger
-from validator.case import Case
-from validator.runner import measure
-from validator.yardstick import MOST_REPEATS, Yardstick
+from validator.measure.case import Case
+from validator.measure.runner import measure
+from validator.measure.yardstick import MOST_REPEATS, Yardstick
 
 
 def test_it_allocates_nothing_after_set_up() -> None:

@@ -24,7 +24,7 @@ from validator.calibrate.nccl_tests import import_nccl_tests, read_nccl_tests, r
 from validator.calibrate.partial import Partial
 from validator.calibrate.tasks import DEFAULT_DTYPES, DTYPES, Device, Effort, task_of, tasks_for
 from validator.calibrate.worker import CONTEXT_LOST, Round, run
-from validator.case import available_cores
+from validator.measure.case import available_cores
 
 __all__ = ["DEFAULT_BUDGET_S", "calibrate", "describe", "import_nccl_tests"]
 

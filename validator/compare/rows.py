@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from estimator.errors import InputError
 from estimator.job.files import job_from_dict
 from estimator.report import StepReport
-from validator.case import job_label
+from validator.measure.case import job_label
 
 SCALAR_TERMS = (
     "peak_allocated_bytes",

@@ -11,16 +11,16 @@ from typing import Any
 from estimator.errors import InputError
 from estimator.time.profile import HardwareProfile
 from estimator.units import format_seconds
-from validator.journal import Identity, Journal, Tell
 from validator.kernels.case import KernelCase
 from validator.kernels.files import kernel_from_json, kernel_to_json
 from validator.kernels.remote import START_S, Remote
 from validator.kernels.report import KernelReport
 from validator.kernels.suite import KernelPlan
 from validator.kernels.summary import KernelRow, summarise, with_forecasts
+from validator.measure.runner import MeasureError, TimeLimitError
+from validator.measure.worker import write_atomically
 from validator.provenance import cpu_model
-from validator.runner import MeasureError, TimeLimitError
-from validator.worker import write_atomically
+from validator.store.journal import Identity, Journal, Tell
 
 FILE_NAME = "kernels.jsonl"
 LIMIT_S = 60.0

@@ -1,4 +1,4 @@
-"""Records of kernels as files: see ``validator.record_format``."""
+"""Records of kernels as files: see ``validator.store.format``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from validator.kernels.report import KernelReport
-from validator.record_format import Format
+from validator.store.format import Format
 
 KERNELS: Format[KernelReport] = Format(
     record=KernelReport, from_plain=KernelReport.from_dict, to_plain=KernelReport.to_dict,

@@ -13,16 +13,15 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from validator.kernels.case import KernelCase
 from validator.kernels.report import KernelReport
-from validator.runner import MeasureError, TimeLimitError
+from validator.measure.runner import MeasureError, TimeLimitError
+from validator.provenance import TREE
 
 WORKER = "validator.kernels.worker"
 START_S = 120.0
 """What the first case of a fresh process may take longer: importing torch, finding the GPU, timing the copy."""
-_TREE = Path(__file__).resolve().parent.parent.parent
 
 
 class Remote:
@@ -76,7 +75,7 @@ class Remote:
 
     def _start(self) -> None:
         self.stop()
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(_TREE))))}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TREE))))}
         self._log.truncate(0)
         self._process = subprocess.Popen(
             [sys.executable, "-m", self._module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,

@@ -15,9 +15,9 @@ import traceback
 from typing import Any
 
 from estimator.errors import InputError
-from validator.case import available_cores
 from validator.kernels.case import KernelCase
-from validator.worker import is_out_of_memory
+from validator.measure.case import available_cores
+from validator.measure.worker import is_out_of_memory
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from estimator.job.options import JobOptions, build_job
 from estimator.memory.reader import StepMemory
 from estimator.predict import lay_out, memory_of, predict
 from estimator.units import format_bytes
-from validator.case import Case
+from validator.measure.case import Case
 
 __all__ = [
     "Boundary", "LeftOut", "Place", "Plan", "Suite", "combinations_of", "expand", "load_suite", "most_informative_first",

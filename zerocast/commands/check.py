@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from estimator.report import StepReport
-    from validator.baseline import Baseline, BaselineCase, Environment, EnvironmentBaseline, Report
-    from validator.gate import Gate, Verdict
+    from validator.gate.baseline import Baseline, BaselineCase, Environment, EnvironmentBaseline, Report
+    from validator.gate.decide import Gate, Verdict
 
 RUNS = 5
 """Runs of each case when the gate measures."""
@@ -89,7 +89,7 @@ def command(
     machine, in turn, and adds the runs to the default store. With --against it takes only the cases from the baseline, and
     measures both versions here. Exit codes: 0 nothing regressed, 1 something did, 2 bad input.
     """
-    from validator.gate import METRICS
+    from validator.gate.decide import METRICS
 
     least = _share(min_effect)
     for metric in metrics:
@@ -129,7 +129,7 @@ def _judged(
 ) -> tuple[Gate, Environment, list[str]]:  # fmt: skip
     """New runs, read or measured, against the baseline's."""
     from estimator.report import StepReport
-    from validator.gate import METRICS, check
+    from validator.gate.decide import METRICS, check
 
     place, reports, notes = _reports(path, records, store_path, runs, any_host, wanted)
     forecasts = {}
@@ -154,11 +154,11 @@ def _against(
     path: Path, revision: str, wanted: tuple[str, ...], n_pairs: int, metrics: tuple[str, ...], least: float
 ) -> tuple[Gate, Environment, list[str]]:
     """The code as it is against ``revision``, on the cases of the baseline, in pairs of runs."""
-    from validator.against import measure_pairs, unpacked, working_tree
-    from validator.baseline import Baseline, environment_of, load_baseline, run_of, update
-    from validator.gate import METRICS, Gate, check_runs
-    from validator.runner import MeasureError
-    from validator.store import Store
+    from validator.gate.against import measure_pairs, unpacked, working_tree
+    from validator.gate.baseline import Baseline, environment_of, load_baseline, run_of, update
+    from validator.gate.decide import METRICS, Gate, check_runs
+    from validator.measure.runner import MeasureError
+    from validator.store.database import Store
     from zerocast.show import progress
 
     known = {case.identity: case for place in load_baseline(path).environments for case in place.cases}
@@ -219,8 +219,8 @@ def _share(text: str) -> float:
 
 def _read(records: Path | None, store_path: Path | None) -> list[Report]:
     from estimator.report import StepReport
-    from validator.gate_records import read_records, read_store
-    from validator.store import Store
+    from validator.gate.records import read_records, read_store
+    from validator.store.database import Store
 
     reports = read_records(records) if records is not None else read_store(Store(store_path))
     measured: list[Report] = [r for r in reports if not isinstance(r, StepReport) or r.origin != "predicted"]
@@ -234,7 +234,7 @@ def _update(
     as_json: bool,
 ) -> None:  # fmt: skip
     from estimator.report import StepReport
-    from validator.baseline import Baseline, load_baseline, save_baseline, update
+    from validator.gate.baseline import Baseline, load_baseline, save_baseline, update
     from zerocast.show import say, write_json
 
     old = load_baseline(path) if path.exists() or measure else Baseline()
@@ -272,8 +272,8 @@ def _reports(
     path: Path, records: Path | None, store_path: Path | None, runs: int | None, any_host: bool, wanted: tuple[str, ...]
 ) -> tuple[EnvironmentBaseline, list[Report], list[str]]:
     """The baseline's part for the environment of the records (or of this machine), the runs to judge, and notes."""
-    from validator.baseline import environment_of, load_baseline
-    from validator.remeasure import local_environment
+    from validator.gate.baseline import environment_of, load_baseline
+    from validator.gate.remeasure import local_environment
 
     baseline = load_baseline(path)
     if records is None and store_path is None:
@@ -317,10 +317,10 @@ def _place(baseline: Baseline, environment: dict[str, str | None], path: Path, a
 def _measured(cases: Sequence[BaselineCase], n_runs: int) -> list[Report]:
     """New runs of every case, each recorded in the default store as soon as it is there."""
     from estimator.report import StepReport
+    from validator.gate.remeasure import remeasure
     from validator.kernels.report import KernelReport
-    from validator.remeasure import remeasure
-    from validator.runner import MeasureError
-    from validator.store import Store
+    from validator.measure.runner import MeasureError
+    from validator.store.database import Store
     from zerocast.show import progress
 
     store, reports = Store(), []
@@ -346,7 +346,7 @@ def _measured(cases: Sequence[BaselineCase], n_runs: int) -> list[Report]:
 def _tell(
     gate: Gate, environment: Environment, notes: list[str], junit: Path | None, summary: Path | None, strict: bool, as_json: bool
 ) -> None:  # fmt: skip
-    from validator import gate_report
+    from validator.gate import report as gate_report
     from zerocast.show import say, table, write_json
 
     if junit is not None:

@@ -14,7 +14,7 @@ from zerocast.job_flags import json_flag, load_profile, profile_flag, store_flag
 
 if TYPE_CHECKING:
     from validator.compare import Compared, GroupSummary
-    from validator.record_files import RecordFile
+    from validator.store.files import RecordFile
 
 GROUPS_SHOWN = ("backend", "stage")
 """Groupings that are shown when none is named with --by."""
@@ -117,8 +117,8 @@ def command(
 
 def _files(records: Path | None, store_path: Path | None, want: Wanted) -> tuple[list[RecordFile], list[Path]]:
     """The chosen reports of each file (or of the store), and files left out. Raises ``InputError`` without any."""
-    from validator.record_files import RecordFile, read_record_files
-    from validator.store import Store
+    from validator.store.database import Store
+    from validator.store.files import RecordFile, read_record_files
 
     if records is not None and store_path is not None:
         raise InputError("--records and --store are both given; allowed: one of them")

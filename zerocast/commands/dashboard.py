@@ -36,7 +36,7 @@ def command(store_path: Path | None, profile_path: Path | None, port: int | None
 
     With --json the address is printed as JSON.
     """
-    from validator.store import Store
+    from validator.store.database import Store
     from zerocast.show import say, write_json
 
     if find_spec("streamlit") is None:

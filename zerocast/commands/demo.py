@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from estimator.job import Gpu
     from estimator.report import StepReport
     from estimator.time.profile import HardwareProfile
-    from validator.case import Case
     from validator.compare import Compared
+    from validator.measure.case import Case
 
 FORECAST = {"model": "llama-3-8b", "gpu": "h100-sxm", "gpus": 8, "seq_len": 4096, "recompute": "selective"}
 TRAINED = {"model": "gpt-30m", "seq_len": 128, "micro_batch": 2, "dtype": "fp32"}
@@ -59,7 +59,7 @@ def command(fresh: bool, store_path: Path | None, as_json: bool) -> None:
     """
     from estimator.predict import predict
     from validator.compare import compare_records
-    from validator.store import default_path
+    from validator.store.database import default_path
 
     started = time.perf_counter()
     store = store_path or default_path().parent / "demo" / "records.db"
@@ -145,7 +145,7 @@ def calibrated(device: Device, store: Path, fresh: bool, tell: Teller) -> Hardwa
 def cases(device: Device, profile: HardwareProfile) -> list[Case]:
     """The small model under every stage on ``device``."""
     from estimator.job.options import JobOptions, build_job
-    from validator.case import Case
+    from validator.measure.case import Case
 
     here: dict[str, Any] = {} if device.gpu else {"local_gpu": profile.gpu, "local_host": profile.host}
     found = []

@@ -12,7 +12,7 @@ from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, 
 
 if TYPE_CHECKING:
     from estimator.report import StepReport
-    from validator.case import Case
+    from validator.measure.case import Case
 
 CPU_PROCESSES = 2
 """Processes on a CPU when --gpus is not given."""
@@ -51,8 +51,8 @@ def command(
     cuda-virtual plays one rank of many on one GPU, without the network.
     """
     from estimator.predict import predict
-    from validator.case import Case
     from validator.compare import compare
+    from validator.measure.case import Case
 
     backend = backend or _default_backend()
     job, profile = job_and_profile(flags, profile_path, store_path, **_defaults(backend, flags))
@@ -78,8 +78,8 @@ def command(
 
 def run_case(case: Case, store_path: Path | None) -> StepReport:
     """Measures ``case`` with a progress bar and records it. Raises ``Failed`` when it gives no result."""
-    from validator.runner import MeasureError, Progress, measure
-    from validator.store import Store
+    from validator.measure.runner import MeasureError, Progress, measure
+    from validator.store.database import Store
     from zerocast.show import progress
 
     n_timed = 0 if case.backend == "fake" else case.steps + case.warmup

@@ -26,7 +26,7 @@ def command() -> None:
 def list_(model: str | None, origin: str | None, store_path: Path | None, as_json: bool) -> None:
     """List the recorded runs, oldest first."""
     from dashboard.data import strategy_row
-    from validator.store import Store
+    from validator.store.database import Store
     from zerocast.show import bytes_cell, rate_cell, say, seconds_cell, table, write_json
 
     store = Store(store_path)
@@ -60,7 +60,7 @@ def list_(model: str | None, origin: str | None, store_path: Path | None, as_jso
 @json_flag
 def show(record_id: int, store_path: Path | None, as_json: bool) -> None:
     """Show one recorded run."""
-    from validator.store import Store
+    from validator.store.database import Store
     from zerocast.show import say, show_report, write_json
 
     record = {r.id: r for r in Store(store_path).records()}.get(record_id)
@@ -86,8 +86,8 @@ def show(record_id: int, store_path: Path | None, as_json: bool) -> None:
 @json_flag
 def export(file: Path, model: str | None, origin: str | None, store_path: Path | None, as_json: bool) -> None:
     """Write records to FILE: .jsonl, .csv or .parquet by its ending."""
-    from validator.records import export_reports
-    from validator.store import Store
+    from validator.store.database import Store
+    from validator.store.records import export_reports
 
     reports = Store(store_path).reports(model=model, origin=origin)
     export_reports(reports, file)
@@ -100,8 +100,8 @@ def export(file: Path, model: str | None, origin: str | None, store_path: Path |
 @json_flag
 def import_(file: Path, store_path: Path | None, as_json: bool) -> None:
     """Add the records in FILE (all of them, or none when one is bad); known ones are left alone."""
-    from validator.records import import_reports
-    from validator.store import Store
+    from validator.store.database import Store
+    from validator.store.records import import_reports
 
     reports = import_reports(file)
     n_new = Store(store_path).add_many(reports)
@@ -114,7 +114,7 @@ def import_(file: Path, store_path: Path | None, as_json: bool) -> None:
 @json_flag
 def delete(ids: tuple[int, ...], store_path: Path | None, as_json: bool) -> None:
     """Delete records by id (all of the given ones, or none when one is unknown)."""
-    from validator.store import Store
+    from validator.store.database import Store
 
     store = Store(store_path)
     known = {r.id for r in store.records()}

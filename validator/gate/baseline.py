@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from estimator.errors import InputError, unknown_choice
 from estimator.report import StepReport
 from validator.compare import label_of
-from validator.function_run import FunctionReport
+from validator.gate.function_run import FunctionReport
 from validator.kernels.report import KernelReport
-from validator.records import report_to_json
-from validator.yardstick import step_in_yardsticks, yardstick_median
+from validator.measure.yardstick import step_in_yardsticks, yardstick_median
+from validator.store.records import report_to_json
 
 VERSION = 2
 """Version of the file's layout; 1 knew training steps only, and no yardstick."""
@@ -46,7 +46,7 @@ class Run:
     tokens_per_s: float | None = None
     peak_allocated_bytes: int | None = None
     yardstick: str | None = None
-    """Which fixed piece of work was timed between the steps (``validator.yardstick``); for kernels on a CPU the memory copy."""
+    """Which fixed piece of work was timed between the steps (``validator.measure.yardstick``); for kernels on a CPU the memory copy."""
     yardstick_s: float | None = None
     """Median of its seconds: how fast the machine was. A kernel's is the time of copying one byte."""
     step_yardsticks: float | None = None

@@ -21,24 +21,10 @@ from typing import Any
 
 from estimator.errors import InputError
 from estimator.report import StepReport
-from validator.baseline import BaselineCase
-from validator.provenance import git_state
-from validator.records import report_from_json
-from validator.runner import MeasureError
-
-TREE = Path(__file__).resolve().parent.parent
-_MEASURE = """
-import json, sys
-from estimator.errors import InputError
-from validator.case import case_from_dict
-from validator.records import report_to_json
-from validator.runner import MeasureError, measure
-try:
-    print(report_to_json(measure(case_from_dict(json.load(sys.stdin)))))
-except (InputError, MeasureError) as error:
-    sys.exit(str(error))
-"""
-"""Names that every version since the first gate has."""
+from validator.gate.baseline import BaselineCase
+from validator.measure.runner import MeasureError
+from validator.provenance import TREE, git_state
+from validator.store.records import report_from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +54,9 @@ def unpacked(revision: str, tree: Path = TREE) -> Iterator[Version]:
     with tempfile.TemporaryDirectory(prefix="zerocast-against-", ignore_cleanup_errors=True) as folder:
         with tarfile.open(fileobj=io.BytesIO(_git(tree, "archive", "--format=tar", commit))) as archive:
             archive.extractall(folder, filter="data")
-        if not Path(folder, "validator", "runner.py").exists():
+        if not Path(folder, "validator", "__main__.py").exists():
             raise InputError(
-                f"--against is {revision!r}, which has no validator/runner.py; allowed: a version of Zerocast"
+                f"--against is {revision!r}, which has no validator/__main__.py; allowed: a version of Zerocast"
             )
         yield Version(tree=Path(folder), name=revision, commit=commit)
 
@@ -92,26 +78,49 @@ def _git(tree: Path, *arguments: str) -> bytes:
 
 
 def measure_with(version: Version, case: BaselineCase) -> StepReport:
-    """Runs ``case`` once with the code of ``version``. Raises ``MeasureError`` when it gives no result there."""
+    """Runs ``case`` once with the code of ``version``, through its command line: what stays the same while modules move.
+
+    Raises ``MeasureError`` when it gives no result there.
+    """
     settings: dict[str, Any] = {"job": case.job, "backend": case.origin, "seed": case.seed, "steps": case.steps}
     settings |= {"warmup": case.warmup, "rank": case.rank or 0}
+    with tempfile.TemporaryDirectory(prefix="zerocast-run-") as folder:
+        file = Path(folder, "case.json")
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        out, err = _run(
+            version, ["-m", "validator", "measure", "--case", str(file), "--store", str(file.with_name("store.db"))]
+        )
+    try:
+        (outcome,) = json.loads(out)
+        if outcome["report"] is None:
+            raise MeasureError(_no_result(case, version, outcome["error"]))
+        report = report_from_dict(outcome["report"])
+    except InputError as error:  # a version whose records are no longer read
+        raise MeasureError(_no_result(case, version, str(error))) from None
+    except (ValueError, KeyError, TypeError):  # it did not come as far as printing its outcome
+        raise MeasureError(_no_result(case, version, err)) from None
+    commit = {"commit": version.commit, "dirty": version.dirty} if version.commit else None
+    return replace(report, provenance={**report.provenance, "git": commit})
+
+
+def _run(version: Version, arguments: list[str]) -> tuple[str, str]:
+    """Output and complaints of Python with the tree of ``version`` instead of this one."""
     others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != TREE]
     process = subprocess.Popen(
-        [sys.executable, "-c", _MEASURE], cwd=version.tree, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(version.tree), *others])},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *arguments], cwd=version.tree, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(version.tree), *others])},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        out, err = process.communicate(json.dumps(settings))
+        return process.communicate()
     finally:  # its own processes end as soon as it does
         if process.poll() is None:
             process.terminate()
             process.wait()
-    if process.returncode:
-        last = (err.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-        raise MeasureError(f"case {case.name!r} gives no result with the code of {version.name}: {last}")
-    report = report_from_json(out.splitlines()[-1])
-    commit = {"commit": version.commit, "dirty": version.dirty} if version.commit else None
-    return replace(report, provenance={**report.provenance, "git": commit})
+
+
+def _no_result(case: BaselineCase, version: Version, reason: str) -> str:
+    last = (reason.strip().splitlines() or ["it says nothing"])[-1]
+    return f"case {case.name!r} gives no result with the code of {version.name}: {last}"
 
 
 def measure_pairs(

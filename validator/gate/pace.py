@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from validator.baseline import Run
+from validator.gate.baseline import Run
 
 TRACKING = 0.1
 """Part of a change of the machine's speed (in logarithms) that may not show in the yardstick as it does in the step: a

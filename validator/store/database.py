@@ -17,7 +17,7 @@ from estimator.errors import InputError
 from estimator.report import StepReport
 from validator.kernels.files import kernel_from_json, kernel_to_json
 from validator.kernels.report import KernelReport
-from validator.records import report_from_json, report_to_json
+from validator.store.records import report_from_json, report_to_json
 
 APPLICATION_ID = 0x5A43_5354
 """Marks the SQLite file as ours ("ZCST")."""

@@ -19,12 +19,12 @@ from estimator.errors import InputError
 from estimator.job.files import job_to_dict
 from estimator.report import StepReport
 from validator import provenance
-from validator.case import Case, available_cores, write_case
-from validator.store import Store
+from validator.measure.case import Case, available_cores, write_case
+from validator.provenance import TREE
+from validator.store.database import Store
 
-WORKER = "validator.worker"
+WORKER = "validator.measure.worker"
 """Module that each process runs."""
-_TREE = Path(__file__).resolve().parent.parent
 _TORCHRUN_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
@@ -144,7 +144,7 @@ def command_of(case: Case, case_file: Path, out: Path) -> list[str]:
 def _environment(case: Case) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
     env["OMP_NUM_THREADS"] = str(case.threads_per_process)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (env.get("PYTHONPATH"), str(_TREE))))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (env.get("PYTHONPATH"), str(TREE))))
     return env
 
 

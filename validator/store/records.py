@@ -1,4 +1,4 @@
-"""Reports of steps as files: see ``validator.record_format``."""
+"""Reports of steps as files: see ``validator.store.format``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from estimator.report import StepReport
-from validator.record_format import Format
+from validator.store.format import Format
 
 STEPS: Format[StepReport] = Format(
     record=StepReport, from_plain=StepReport.from_dict, to_plain=StepReport.to_dict,

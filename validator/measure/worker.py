@@ -1,4 +1,4 @@
-"""What runs in every process of a case: ``python -m validator.worker --case FILE --out FILE``.
+"""What runs in every process of a case: ``python -m validator.measure.worker --case FILE --out FILE``.
 
 Rank and world size come from torchrun's environment; without it the process is alone. Rank 0 writes the finished
 ``StepReport`` to ``--out``, every failing rank a ``<out>.failure<rank>`` beside it, rank 0 its steps to
@@ -21,11 +21,11 @@ from typing import Any
 
 from estimator.errors import InputError
 from validator import provenance
-from validator.case import Case, available_cores, read_case
-from validator.device_memory import DeviceMeter
-from validator.instruments import GpuInstruments, peak_rss_bytes
-from validator.measured import RankResult, build_report
-from validator.yardstick import Yardstick
+from validator.measure.case import Case, available_cores, read_case
+from validator.measure.device_memory import DeviceMeter
+from validator.measure.instruments import GpuInstruments, peak_rss_bytes
+from validator.measure.report import RankResult, build_report
+from validator.measure.yardstick import Yardstick
 
 OnStep = Callable[[int, float], None]
 """Called with the step's number (warm-up included) and its seconds."""
@@ -231,7 +231,7 @@ def _kind(error: BaseException) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of one process; the exit status is 0 when its part of the case is finished."""
     parser = argparse.ArgumentParser(
-        prog="python -m validator.worker", description="Runs one rank of one measured case."
+        prog="python -m validator.measure.worker", description="Runs one rank of one measured case."
     )
     parser.add_argument("--case", required=True, type=Path, help="JSON file with the case")
     parser.add_argument("--out", required=True, type=Path, help="where rank 0 writes the report")

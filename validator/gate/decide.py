@@ -2,8 +2,8 @@
 
 Timed metrics are decided on runs, not on steps: steps of one process share its memory layout, clocks and neighbours, so they
 are no independent samples (``benchmarks/bench_gate.py`` counts the false alarms that this would cost). The tests are exact
-(``validator.ranks``). Where both sides timed the same yardstick, a change of the machine's own speed is taken out first
-(``validator.pace``).
+(``validator.gate.ranks``). Where both sides timed the same yardstick, a change of the machine's own speed is taken out first
+(``validator.gate.pace``).
 """
 
 from __future__ import annotations
@@ -16,9 +16,18 @@ from typing import Any, Literal
 
 from estimator.report import StepReport
 from estimator.units import format_bytes, format_seconds
-from validator.baseline import BaselineCase, Identity, Report, Run, case_name, identity_of, run_of
-from validator.pace import Pace, at_one_pace
-from validator.ranks import ALPHA, ALPHA_PASS, MOST_RUNS, Shift, pairs_needed, runs_needed, shift_of, shift_of_pairs
+from validator.gate.baseline import BaselineCase, Identity, Report, Run, case_name, identity_of, run_of
+from validator.gate.pace import Pace, at_one_pace
+from validator.gate.ranks import (
+    ALPHA,
+    ALPHA_PASS,
+    MOST_RUNS,
+    Shift,
+    pairs_needed,
+    runs_needed,
+    shift_of,
+    shift_of_pairs,
+)
 
 Status = Literal["pass", "regressed", "improved", "inconclusive"]
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from validator.device_memory import MEANINGS, DeviceMeter
+from validator.measure.device_memory import MEANINGS, DeviceMeter
 
 _BYTES = ("allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes", "inactive_split_bytes")
 _COUNTS = ("num_alloc_retries", "num_ooms", "num_device_alloc", "num_device_free", "num_sync_all_streams")
@@ -73,7 +73,7 @@ class GpuInstruments:
         }
 
     def facts(self) -> dict[str, Any]:
-        """Fields of ``validator.measured.RankResult``."""
+        """Fields of ``validator.measure.report.RankResult``."""
         return self._facts
 
     def _outside_allocator(self) -> int:

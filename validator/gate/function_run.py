@@ -13,7 +13,7 @@ from typing import Any
 
 from estimator.errors import InputError, unknown_choice
 from validator import provenance
-from validator.yardstick import Yardstick
+from validator.measure.yardstick import Yardstick
 
 SHORTEST_SAMPLE_S = 2e-3
 """Faster functions are called several times per sample, or the clock and the loop would be timed."""

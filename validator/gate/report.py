@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from estimator.errors import InputError
-from validator.baseline import Environment
-from validator.gate import Gate, Verdict, shown
-from validator.pace import Pace
+from validator.gate.baseline import Environment
+from validator.gate.decide import Gate, Verdict, shown
+from validator.gate.pace import Pace
 
 _MARKS = {"pass": "✅", "improved": "🚀", "regressed": "❌", "inconclusive": "❔"}
 

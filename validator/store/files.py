@@ -15,7 +15,7 @@ from estimator.time.profile import HardwareProfile
 from estimator.time.profile_file import load_profile, save_profile
 from validator.devices import catalogue_name
 from validator.kernels.files import KERNELS_ENDING, export_kernels, import_kernels, kernel_files
-from validator.records import export_reports, import_reports
+from validator.store.records import export_reports, import_reports
 
 __all__ = [
     "KERNELS_ENDING", "PROFILE_ENDING", "RecordFile", "has_step_records", "profile_path_of", "publish",

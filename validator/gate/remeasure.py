@@ -8,20 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Protocol
 
 from estimator.errors import InputError
 from estimator.job.files import job_from_dict
 from estimator.report import StepReport
-from validator.baseline import BaselineCase, environment_of
-from validator.case import Case
+from validator.gate.baseline import BaselineCase, environment_of
 from validator.kernels.case import KernelCase
 from validator.kernels.remote import START_S, Remote
 from validator.kernels.report import KernelReport
-from validator.runner import OnProgress, measure
+from validator.measure.case import Case
+from validator.measure.runner import OnProgress, measure
+from validator.provenance import TREE
 
-_TREE = Path(__file__).resolve().parent.parent
 _ASK = "import json; from validator.provenance import collect; print(json.dumps(collect(with_torch=True)))"
 
 
@@ -35,7 +34,7 @@ class _MeasuresKernels(Protocol):
 
 def local_environment() -> dict[str, str | None]:
     """This machine's environment, asked in a process of its own: this one shall hold neither torch nor a CUDA context."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(_TREE))))}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TREE))))}
     done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, env=env, timeout=120)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

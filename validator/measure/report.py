@@ -11,7 +11,7 @@ from estimator.job.files import job_to_dict
 from estimator.predict import model_flops_of
 from estimator.report import StepReport
 from estimator.units import format_bytes
-from validator.case import Case
+from validator.measure.case import Case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class RankResult:
     comm_buffers_bytes: int | None = None
     """``cuda``: growth outside of the allocator through making the process group and its first collective."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """``cuda``: for the provenance, ``validator.instruments``."""
+    """``cuda``: for the provenance, ``validator.measure.instruments``."""
     peak_rss_bytes: int | None = None
     """Most host memory that the process held."""
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from estimator.report import StepReport
 from validator.kernels.files import KERNELS_ENDING, import_kernels
 from validator.kernels.report import KernelReport
-from validator.records import import_reports
-from validator.store import Store
+from validator.store.database import Store
+from validator.store.records import import_reports
 
 
 def read_records(path: Path) -> Sequence[StepReport | KernelReport]:

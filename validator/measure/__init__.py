@@ -1,0 +1,1 @@
+"""Runs one case, on any backend, and makes a ``StepReport`` of it."""
