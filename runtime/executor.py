@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from estimator.job.strategy import Strategy
-from estimator.schedule.buffers import UPDATE_CHUNK_NUMEL
 from estimator.schedule.events import (
     Accumulate,
     Alloc,
@@ -29,7 +28,7 @@ from estimator.schedule.events import (
 )
 from runtime.comm import Communicator
 from runtime.context import current_ledger, managed_memory
-from runtime.optimizer import OptimizerConfig, squared_norm, update
+from runtime.optimizer import OptimizerConfig, Shard, squared_norm, step_shard
 from runtime.parts import PartClock
 from runtime.storage import GroupStorage
 from runtime.streams import SideStreams
@@ -227,26 +226,15 @@ class Executor:
             self._step_group(self.storages[event.group])
 
     def _step_group(self, s: GroupStorage) -> None:
-        master, grads = s.master, s.step_grads
-        target = s.step_params if "master" in s.tensors else None  # else the master is the parameter itself
-        states = [s.tensors[b.role] for b in s.buffers.optimizer_states]
-        temp = s.tensors.get("update_temp")
+        shard = Shard(
+            master=s.master,
+            grads=s.step_grads,
+            states=[s.tensors[b.role] for b in s.buffers.optimizer_states],
+            target=s.step_params if "master" in s.tensors else None,
+            temp=s.tensors.get("update_temp"),
+        )
         with managed_memory():
-            step = torch.tensor(float(self.step_count), device=master.device)
-            factor = self.grad_factor.to(master.device) if isinstance(self.grad_factor, Tensor) else self.grad_factor
-            for start in range(0, master.numel(), UPDATE_CHUNK_NUMEL):
-                part = slice(start, min(start + UPDATE_CHUNK_NUMEL, master.numel()))
-                grad = grads[part] if temp is None else temp[: part.stop - part.start].copy_(grads[part])
-                if isinstance(factor, Tensor) or factor != 1.0:
-                    grad.mul_(factor)
-                update(
-                    self.strategy.optimizer,
-                    self.optimizer,
-                    self.lr,
-                    step,
-                    master[part],
-                    grad,
-                    [x[part] for x in states],
-                )
-                if target is not None:
-                    target[part].copy_(master[part])
+            device = shard.master.device
+            step = torch.tensor(float(self.step_count), device=device)
+            factor = self.grad_factor.to(device) if isinstance(self.grad_factor, Tensor) else self.grad_factor
+            step_shard(self.strategy.optimizer, self.optimizer, self.lr, step, factor, shard)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from estimator.errors import invalid
 from estimator.job.strategy import Optimizer
+from estimator.schedule.buffers import UPDATE_CHUNK_NUMEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,37 @@ def update(
         [param], [grad], [states[0]], [states[1]], [], [step], lr=lr, beta1=config.betas[0], beta2=config.betas[1],
         weight_decay=config.weight_decay, eps=config.eps, amsgrad=False, maximize=False,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The flat tensors of one optimizer step, all of one length."""
+
+    master: Tensor
+    """fp32, like ``states``."""
+    grads: Tensor
+    """Changed by the step when there is no ``temp``."""
+    states: list[Tensor]
+    target: Tensor | None
+    """Where the new parameters go in the model's dtype; ``None``: ``master`` is the parameter itself."""
+    temp: Tensor | None
+    """fp32, of at least one chunk, to widen gradients in; ``None``: they are fp32."""
+
+
+def step_shard(
+    kind: Optimizer, config: OptimizerConfig, lr: float, step: Tensor, factor: float | Tensor, shard: Shard
+) -> None:
+    """One step of ``shard``, chunk by chunk: gradients widened and multiplied by ``factor``, ``update``, written back."""
+    for start in range(0, shard.master.numel(), UPDATE_CHUNK_NUMEL):
+        part = slice(start, min(start + UPDATE_CHUNK_NUMEL, shard.master.numel()))
+        grad = shard.grads[part]
+        if shard.temp is not None:
+            grad = shard.temp[: part.stop - part.start].copy_(grad)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            grad.mul_(factor)
+        update(kind, config, lr, step, shard.master[part], grad, [state[part] for state in shard.states])
+        if shard.target is not None:
+            shard.target[part].copy_(shard.master[part])
 
 
 _ROW_NUMEL = 1 << 12

@@ -114,7 +114,9 @@ class CollectiveTimer:
         at: dict[int, float] = {}
         nodes_of: dict[int, int] = {}
         for size in sorted({p.group_size for p in points}):
-            nodes_of[size] = min({p.n_nodes for p in points if p.group_size == size}, key=lambda n: abs(n - self.n_nodes))
+            nodes_of[size] = min(
+                {p.n_nodes for p in points if p.group_size == size}, key=lambda n: abs(n - self.n_nodes)
+            )
             placed = (p for p in points if (p.group_size, p.n_nodes) == (size, nodes_of[size]))
             at[size] = curve_seconds(seconds_curve((p.bytes, p.seconds) for p in placed), n_bytes)
         if self.group_size in at or self.profile.link is None:

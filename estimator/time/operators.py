@@ -165,6 +165,11 @@ class OperatorTimer:
 
     def _unmeasured(self, what: str, op: Op) -> InputError:
         dtypes = sorted({p.dtype for p in self.profile.matmul}) or ["none"]
+        if op.dtype in dtypes:
+            return InputError(
+                f"profile {self.profile.name!r} has no {what} of dtype {op.dtype!r}{' backward' if op.backward else ''}; "
+                "calibrate again with a larger budget"
+            )
         return InputError(
             f"dtype is {op.dtype!r}, but profile {self.profile.name!r} has no {what} in it; "
             f"measured: {', '.join(dtypes)}; calibrate with that dtype"

@@ -80,7 +80,7 @@ def calibrate(
     cores = available_cores()
     rounds = {n: tasks_for(device, n, dtypes, effort, cores=cores, files=folder is not None) for n in counts}
     partial = Partial(out, _machine(device, cores, gpu, folder))
-    notes = (*_busy(cores), *_switched_off(), *partial.notes)
+    notes = (*_busy(cores), *partial.notes)
     planned = {task.key(n): task for n, tasks in rounds.items() for task in tasks}
 
     def tell(key: str) -> None:
@@ -142,14 +142,6 @@ def _busy(cores: int) -> tuple[str, ...]:
     if load <= 0.5 * cores:
         return ()
     return (f"the machine was busy when it was calibrated (load {load:.1f} on {cores} cores): rates may be too low",)
-
-
-def _switched_off() -> tuple[str, ...]:
-    """A note when the runtime's own kernels are switched off: what is measured then is torch's."""
-    from runtime.kernels import registry
-
-    off = os.environ.get(registry.ENVIRONMENT, "")
-    return (f"kernels of the runtime were switched off: {registry.ENVIRONMENT}={off}",) if off else ()
 
 
 def _require_cuda(gpu: Gpu | None) -> int:

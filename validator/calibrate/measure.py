@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from runtime import functional
-from runtime.kernels import registry
 from validator.calibrate import copies, files, host, products
 from validator.calibrate.collectives import prepare_collective
 from validator.calibrate.prepared import Prepared
 from validator.calibrate.tasks import Task
-from validator.kernels.implementation import FAMILIES, missing
 from validator.kernels.table import kernel
 from validator.timing import TORCH_DTYPES, filled, time_call, wait
 
@@ -67,10 +65,8 @@ def _attention(task: Task, device: str) -> Prepared:
 
 
 def _bandwidth(task: Task, device: str) -> Prepared:
-    """A kernel of the table, as the runtime runs it here; bytes are the estimator's count."""
-    own = missing(task.name, "cuda", device) is None and registry.enabled(FAMILIES[task.name])
-    entry = kernel(task.name, task.backward)
-    found = entry.prepare(task.sizes[0], task.dtype, device, "cuda" if own else "torch")
+    """A kernel of the table in plain torch, which is what the runtime runs; bytes are the estimator's count."""
+    found = kernel(task.name, task.backward).prepare(task.sizes[0], task.dtype, device, "torch")
     return Prepared(found.call, float(found.n_bytes))
 
 

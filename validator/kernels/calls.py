@@ -17,8 +17,9 @@ from torch import Tensor
 
 from estimator.errors import InputError
 from estimator.ops.operator import Op
+from estimator.schedule.buffers import UPDATE_CHUNK_NUMEL
 from runtime import functional
-from runtime.optimizer import OptimizerConfig, update
+from runtime.optimizer import OptimizerConfig, Shard, step_shard, update
 from validator.kernels.implementation import missing
 from validator.kernels.table import SMALL_TENSORS, Kernel, embedding_table_rows
 from validator.timing import TORCH_DTYPES, filled
@@ -278,15 +279,12 @@ def _optimizer_step(m: _Make) -> _Bound:
     second.square_()
     step, factor = torch.ones((), device=m.device), torch.ones((), device=m.device)
     low = m.dtype != torch.float32
-    temp = torch.empty_like(master) if low else grads
+    temp = torch.empty(min(master.numel(), UPDATE_CHUNK_NUMEL), device=m.device) if low else None
+
+    shard = Shard(master=master, grads=grads, states=[first, second], target=target if low else None, temp=temp)
 
     def forward() -> None:
-        if low:
-            temp.copy_(grads)
-        temp.mul_(factor)
-        update("adamw", _OPTIMIZER, _OPTIMIZER.lr, step, master, temp, [first, second])
-        if low:
-            target.copy_(master)
+        step_shard("adamw", _OPTIMIZER, _OPTIMIZER.lr, step, factor, shard)
 
     written = 12 * master.numel() + (_size((target,)) if low else 0)
     if m.ours:

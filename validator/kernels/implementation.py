@@ -1,6 +1,6 @@
 """Which implementations of a kernel there are here: torch's own, and the kernels of ``runtime.kernels``.
 
-On a GPU the runtime's functions take its CUDA kernels unless they are switched off.
+The runtime's own steps are plain torch so far: its CUDA kernels are measured here before they take their place.
 """
 
 from __future__ import annotations
