@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from validator.compare import Compared, compare_sources, judge, parse_budgets
-from validator.record_files import read_record_files
+from validator.store.files import read_record_files
 from zerocast.accuracy import accuracy_page, stable_part
 
 TREE = Path(__file__).resolve().parent.parent

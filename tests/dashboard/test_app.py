@@ -12,7 +12,7 @@ from estimator.job.options import JobOptions, build_job
 from estimator.predict import predict
 from estimator.report import StepReport
 from estimator.units import format_bytes, format_seconds
-from validator.store import Store
+from validator.store.database import Store
 
 pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest

@@ -14,8 +14,8 @@ import pytest
 from estimator.job.files import job_to_dict
 from estimator.job.options import JobOptions, build_job
 from estimator.report import StepReport
-from validator.records import export_reports
-from validator.store import Store
+from validator.store.database import Store
+from validator.store.records import export_reports
 
 JOB = build_job(JobOptions(model="llama-3-8b", gpu="h100-sxm", gpus=8, seq_len=2048))
 PLACE = {
@@ -162,7 +162,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(zerocast, place: Path)
 
 
 def test_without_records_it_measures_and_records(zerocast, tmp_path: Path, monkeypatch) -> None:
-    import validator.remeasure as remeasure
+    import validator.gate.remeasure as remeasure
 
     here = {**PLACE, "host": "here"}
     export_reports(reports(0, host="here"), tmp_path / "old.jsonl")
@@ -182,7 +182,7 @@ def test_without_records_it_measures_and_records(zerocast, tmp_path: Path, monke
 
 
 def test_against_measures_both_versions_in_pairs(zerocast, place: Path, monkeypatch) -> None:
-    import validator.against as against
+    import validator.gate.against as against
 
     measured: list[str] = []
 
@@ -227,9 +227,9 @@ def test_only_the_named_cases_are_judged(zerocast, place: Path) -> None:
 
 def test_the_environment_of_this_machine_is_that_of_its_records() -> None:
     torch = pytest.importorskip("torch")
-    from validator.baseline import environment_of
+    from validator.gate.baseline import environment_of
+    from validator.gate.remeasure import local_environment
     from validator.provenance import collect
-    from validator.remeasure import local_environment
 
     found = local_environment()
     assert found == environment_of(collect(with_torch=True)) and found["torch"] == torch.__version__

@@ -13,7 +13,7 @@ from estimator.plan import PlanQuestion, plan
 from estimator.predict import predict
 from estimator.report import CATEGORIES, TIME_PARTS, StepReport
 from estimator.units import format_bytes, format_seconds
-from validator.store import Store
+from validator.store.database import Store
 
 FLAGS = ("--model", "llama-3-8b", "--gpu", "h100-sxm", "--gpus", "8", "--seq-len", "2048")
 OPTIONS = JobOptions(model="llama-3-8b", gpu="h100-sxm", gpus=8, seq_len=2048)

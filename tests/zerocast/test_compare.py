@@ -10,7 +10,7 @@ import pytest
 
 from estimator.job.options import JobOptions, build_job
 from estimator.predict import predict
-from validator.records import export_reports
+from validator.store.records import export_reports
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def test_step(zerocast_gate):
 """
 CANNED = """
 import itertools, json, pytest, zerocast.function_gate as gate
-from validator.function_run import FunctionReport
+from validator.gate.function_run import FunctionReport
 count = itertools.count()
 
 def run(self, name):
@@ -131,7 +131,7 @@ def test_a_test_that_fails_alone_is_told(user, pytester: pytest.Pytester) -> Non
 
 def test_live_bytes_are_exact_and_the_yardstick_goes_along() -> None:
     torch = pytest.importorskip("torch")
-    from validator.function_run import measure_function
+    from validator.gate.function_run import measure_function
 
     weight = torch.ones(1000)
 

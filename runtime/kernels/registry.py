@@ -1,0 +1,69 @@
+"""The kernels by name, and which of them are switched on.
+
+``ZEROCAST_KERNELS_OFF=rms_norm,rotary`` (or ``all``) switches kernels off for a process, ``switched_off("rms_norm")``
+for a ``with`` block; the plain-torch reference then runs in their place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from estimator.errors import unknown_choice
+
+KERNELS: dict[str, str] = {
+    "rms_norm": "RMSNorm, with residual addition and dropout before it",
+    "layer_norm": "LayerNorm, with residual addition and dropout before it",
+    "gated_activation": "activation(gate) * up",
+    "activation": "activation(x + bias)",
+    "rotary": "rotary position embedding",
+    "dropout_residual": "residual + dropout(x)",
+    "cross_entropy": "softmax cross-entropy over the vocabulary",
+    "linear_cross_entropy": "head and cross-entropy in chunks of rows",
+    "quantize": "blockwise int8, int4 and fp8, and sums of what was received",
+    "adacomp": "AdaComp selection and packing of gradients",
+    "one_bit": "signs of gradients with a scale per block",
+    "adam": "Adam and AdamW steps over many tensors",
+    "sgd": "SGD steps with momentum over many tensors",
+    "lion": "Lion steps over many tensors",
+    "adagrad": "Adagrad steps over many tensors",
+    "lamb": "LAMB steps over many tensors",
+    "grad_norm": "sum of squares of many tensors and overflow check",
+    "bucket": "many tensors copied into a flat one and back, or scaled",
+}
+"""Name of every kernel that can be switched off, and what it computes."""
+
+ENVIRONMENT = "ZEROCAST_KERNELS_OFF"
+_off: list[frozenset[str]] = []
+_known: dict[str, frozenset[str]] = {}
+
+
+def enabled(name: str) -> bool:
+    """Whether kernel ``name`` is switched on in this process."""
+    assert name in KERNELS, name
+    return name not in _parsed(os.environ.get(ENVIRONMENT, "")) and not any(name in names for names in _off)
+
+
+@contextmanager
+def switched_off(*names: str) -> Iterator[None]:
+    """Switches the named kernels (``"all"``: every kernel) off, in all threads of the process, until the block ends."""
+    off = _checked(names, "kernel")
+    _off.append(off)
+    try:
+        yield
+    finally:
+        _off.remove(off)
+
+
+def _parsed(text: str) -> frozenset[str]:
+    if text not in _known:
+        _known[text] = _checked(tuple(name.strip() for name in text.split(",") if name.strip()), ENVIRONMENT)
+    return _known[text]
+
+
+def _checked(names: tuple[str, ...], field: str) -> frozenset[str]:
+    for name in names:
+        if name != "all" and name not in KERNELS:
+            raise unknown_choice(field, name, ("all", *KERNELS))
+    return frozenset(KERNELS if "all" in names else names)
