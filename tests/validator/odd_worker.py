@@ -25,6 +25,7 @@ class SessionOptions:
     warmup: int
     track_memory: bool
     seed: int
+    reference: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -139,6 +140,14 @@ def command_of(case: Case, case_file: Path, out: Path) -> list[str]:
     alone = case.n_processes == 1
     worker = ["-m", WORKER, "--case", str(case_file), "--out", str(out), "--follow-stdin"]
     return [sys.executable, *([] if alone else launcher), *worker]
+
+
+def command_of_node(case: Case, case_file: Path, out: Path) -> str:
+    """What to run on every node of a job that spans several, for a shell; ``out`` is written on the first node."""
+    cluster = case.job.cluster
+    launcher = f"torchrun --nnodes {cluster.n_nodes} --nproc-per-node {case.n_processes // cluster.n_nodes}"
+    meeting = "--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29400"
+    return f"{launcher} {meeting} -m {WORKER} --case {shlex.quote(str(case_file))} --out {shlex.quote(str(out))}"
 
 
 def _environment(case: Case) -> dict[str, str]:

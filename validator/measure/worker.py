@@ -76,9 +76,8 @@ def run_case(
             gpu.finished()
 
     # one session does both: it times steps without metering memory, then meters one further step
-    compared = {"reference": True} if case.reference else {}
     options = SessionOptions(
-        steps=case.steps, warmup=case.warmup, track_memory=case.metered, seed=case.seed, **compared
+        steps=case.steps, warmup=case.warmup, track_memory=case.metered, seed=case.seed, reference=case.reference
     )
     session = run_session(case.job, device, options, rank=rank, on_step=on_each)
     if yardstick is not None:
@@ -216,7 +215,7 @@ def _end_with_parent() -> None:
 def write_atomically(path: Path, data: Any) -> None:
     """JSON in one piece: a reader sees all of it or nothing."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, allow_nan=False), encoding="utf-8")
+    part.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 

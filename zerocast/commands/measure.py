@@ -37,12 +37,18 @@ CPU_PROCESSES = 2
     metavar="SECONDS",
     help="End the case after this long.",
 )
+@click.option(
+    "--write-case",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measure nothing; write the case for a job of several nodes and say what to run on each.",
+)
 @store_flag
 @profile_flag
 @json_flag
 def command(
     flags: JobFlags, backend: str | None, steps: int, warmup: int, rank: int, seed: int, time_limit: float,
-    store_path: Path | None, profile_path: Path | None, as_json: bool,
+    write_case: Path | None, store_path: Path | None, profile_path: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Train a few steps of the job, record what was measured, and show the forecast beside it.
 
@@ -58,6 +64,9 @@ def command(
     job, profile = job_and_profile(flags, profile_path, store_path, **_defaults(backend, flags))
     case = Case(job=job, backend=backend, steps=steps, warmup=warmup, rank=rank, seed=seed, time_limit_s=time_limit)  # type: ignore[arg-type]
     check_device(case)
+    if write_case is not None:
+        _hand_over(case, write_case, as_json)
+        return
     predicted = predict(job, profile)
     measured = run_case(case, store_path)
     comparison = compare([predicted], [measured])
@@ -74,6 +83,30 @@ def command(
         if measured.explanation:
             say(measured.explanation)
         show_comparison(f"{job_title(job)} [{backend}]", compared_rows(comparison.rows))
+
+
+def _hand_over(case: Case, file: Path, as_json: bool) -> None:
+    """Writes ``case`` and says how to run it without this command, under torchrun on every node."""
+    from estimator.errors import InputError
+    from validator.measure.case import write_case
+    from validator.measure.runner import command_of_node
+    from zerocast.show import say, write_json
+
+    if case.plays_one_rank:
+        raise InputError(
+            f"--backend is {case.backend!r}; allowed with --write-case: 'cuda' or 'cpu', which run every rank"
+        )
+    try:
+        write_case(case, file)
+    except OSError as error:
+        raise InputError(f"--write-case is {str(file)!r}, which cannot be written: {error.strerror}") from None
+    out = file.with_name(f"{file.stem}.report.jsonl")
+    run, keep = command_of_node(case, file, out), f"python -m validator import --records {out}"
+    if as_json:
+        write_json({"case": str(file), "on_every_node": run, "then_on_the_first": keep})
+    else:
+        say(f"on every node, with {file} there: {run}")
+        say(f"then, on the first: {keep}")
 
 
 def run_case(case: Case, store_path: Path | None) -> StepReport:
