@@ -71,7 +71,9 @@ def test_the_benchmark_tells_rates_from_runs(make_report, capsys: pytest.Capture
     bench.tell(runs)
     rows = {line[:44].strip(): line[44:].split() for line in capsys.readouterr().out.splitlines()}
     assert rows["unchanged, 12 old and 3 new runs"][:2] == ["20", "0"]
-    assert rows["5% slower"][0] == "20" and int(rows["5% slower"][1]) >= 15
+    slower = rows["5% slower, 12 old and 3 new runs"]
+    assert slower[0] == "20" and int(slower[1]) >= 15
+    assert rows["5% slower, 12 old and 6 new runs"][:2] == ["10", "10"]
     assert rows["memory, one more tensor of 1%"] == ["3", "3", "0", "0", "0"]
     assert rows["memory of unchanged code"][-1] == "20"
     assert bench.neighbours([1, 2, 3, 4, 5]) == [(1, 2), (4, 3)]

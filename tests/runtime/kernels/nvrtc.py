@@ -44,13 +44,13 @@ def _compile(
     program = value(nvrtc.nvrtcCreateProgram(source(family).encode(), f"{family}.cu".encode(), 0, [], []))
     flags = [o.encode() for o in (*compiler_options(defines), *AS_CUPY, *options)]
     compiled = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-    log = b" " * value(nvrtc.nvrtcGetProgramLogSize(program))
+    log = bytearray(value(nvrtc.nvrtcGetProgramLogSize(program)))  # not bytes: Python shares those of one byte
     value(nvrtc.nvrtcGetProgramLog(program, log))
     value(compiled, log.decode())
-    code = b" " * value(getattr(nvrtc, f"nvrtcGet{result}Size")(program))
+    code = bytearray(value(getattr(nvrtc, f"nvrtcGet{result}Size")(program)))
     value(getattr(nvrtc, f"nvrtcGet{result}")(program, code))
     value(nvrtc.nvrtcDestroyProgram(program))
-    return log.decode(), code
+    return log.decode(), bytes(code)
 
 
 def compile_kernel(kernel: Kernel, arch: int) -> Compiled:
