@@ -19,7 +19,7 @@ help:
 	@echo "make test-all   the same with the slow tests"
 	@echo "make lint       ruff, mypy and import rules only"
 	@echo "make readme     put today's forecasts into the README"
-	@echo "make bench      speed of predict, plan and start-up"
+	@echo "make bench      speed of predict, plan, start-up and fake ranks; kernels; rates of the gate"
 
 venv: $(STAMP)
 
@@ -55,6 +55,8 @@ test-all: lint
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_predict.py
+	$(BIN)/python benchmarks/bench_fake.py
+	$(BIN)/python benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/bench_gate.py
 
 readme: $(STAMP)

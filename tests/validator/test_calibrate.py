@@ -86,6 +86,7 @@ def test_forecasts_read_it(profile: HardwareProfile) -> None:
     assert again == pytest.approx(2.0 * point.m * point.n * point.k / point.flops_per_s)
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     def interrupt(what: str, done: int, planned: int) -> None:
         if done == 4:
@@ -103,6 +104,7 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["cpu.json"]
 
 
+@pytest.mark.slow
 def test_a_point_that_kills_its_process_is_left_out_and_the_rest_goes_on(tmp_path: Path) -> None:
     def shoot(what: str, done: int, planned: int) -> None:
         if done == 6:

@@ -37,7 +37,7 @@ def test_longer_steps_are_looked_at_for_longer() -> None:
     assert "1 x" in yardstick.name
 
 
-@pytest.mark.parametrize("n_gpus", [1, 2])
+@pytest.mark.parametrize("n_gpus", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_real_runs_record_one_per_step(make_job, n_gpus: int) -> None:
     report = measure(Case(job=make_job(n_gpus=n_gpus), backend="cpu", steps=3, warmup=1, metered=False))
     assert len(report.provenance["yardstick_seconds"]) == len(report.provenance["step_seconds"]) == 3
