@@ -112,4 +112,5 @@ def worker(rank: int, world: int, folder: str, cases: list[Case]) -> None:
     if rank == 0:
         torch.save({tuple(case): tuple(outcome) for case, outcome in outcomes.items()}, f"{folder}/outcomes.pt")
     if world > 1:
+        dist.barrier()  # who leaves while another still receives breaks its connection
         dist.destroy_process_group()
