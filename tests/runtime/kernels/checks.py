@@ -21,6 +21,12 @@ _SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
 needs_shim = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile the kernels for the CPU")
 
 
+def gradient_and_residual(numel: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """What error feedback works on: a random gradient of ``dtype`` and an fp32 residual of half its size."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(numel, generator=generator).to(dtype), torch.randn(numel, generator=generator) * 0.5
+
+
 def half_step(truth: Tensor, dtype: torch.dtype) -> Tensor:
     """Half the distance of neighbouring numbers of a 16-bit ``dtype`` around ``truth`` (fp64); 0 for fp32."""
     if dtype == torch.float32:

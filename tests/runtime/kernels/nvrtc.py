@@ -57,6 +57,13 @@ def compile_kernel(kernel: Kernel, arch: int) -> Compiled:
     return compile_family(kernel.family, kernel.defines, arch)[kernel.name]
 
 
+def assert_no_spills(kernel: Kernel, arch: int) -> None:
+    """``kernel`` and its neighbours in the file become machine code that keeps everything in registers."""
+    for name, compiled in compile_family(kernel.family, kernel.defines, arch).items():
+        assert compiled.machine_code.startswith(b"\x7fELF")
+        assert compiled.spilled_bytes == 0, f"{name} on sm_{arch}: {compiled._replace(machine_code=b'')}"
+
+
 def _read(log: str, code: bytes) -> Compiled:
     def number(pattern: str) -> int:
         found = re.search(pattern, log)

@@ -17,15 +17,10 @@ from runtime.kernels.adacomp import (
     adacomp_pack_reference,
     cost,
 )
-from tests.runtime.kernels.checks import DTYPES, needs_shim, on_shim
+from tests.runtime.kernels.checks import DTYPES, gradient_and_residual, needs_shim, on_shim
 from tests.runtime.kernels.shim import guarded, intact
 
 pytestmark = needs_shim
-
-
-def case(numel: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(numel, generator=generator).to(dtype), torch.randn(numel, generator=generator) * 0.5
 
 
 def same(got: AdaCompMessage, right: AdaCompMessage) -> None:
@@ -51,7 +46,7 @@ def against_reference(grad: Tensor, residual: Tensor, bin: int, capacity: int | 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_of_the_reference(dtype: torch.dtype) -> None:
     for numel, bin in ((5000, 500), (1003, 500), (1, 500), (0, 500), (40, 7), (5000, 4096)):
-        against_reference(*case(numel, dtype), bin)
+        against_reference(*gradient_and_residual(numel, dtype), bin)
 
 
 def test_by_hand() -> None:
@@ -74,7 +69,7 @@ def test_by_hand() -> None:
     numel=st.integers(0, 3000), bin=st.integers(1, 700), room=st.integers(0, 400), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_size(numel: int, bin: int, room: int, seed: int) -> None:
-    grad, residual = case(numel, seed=seed)
+    grad, residual = gradient_and_residual(numel, seed=seed)
     grad[: numel // 3] = 0.25  # many that are equal
     residual[: numel // 3] = 0
     against_reference(grad, residual, bin, room, order=seed % 2)
@@ -83,7 +78,7 @@ def test_any_size(numel: int, bin: int, room: int, seed: int) -> None:
 def test_nothing_is_lost() -> None:
     """What is sent plus what stays is what there was, whatever the capacity."""
     for capacity in (None, 10, 0):
-        grad, residual = case(2000, torch.float32)
+        grad, residual = gradient_and_residual(2000, torch.float32)
         total = residual.double() + grad.double()
         with on_shim():
             message = adacomp_pack(grad, residual, 100, capacity)
@@ -103,7 +98,7 @@ def test_residual_is_sent_in_the_end() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_step_that_is_not_finite_is_seen_and_forgotten(value: float) -> None:
-    grad, residual = case(1000)
+    grad, residual = gradient_and_residual(1000)
     before = residual.clone()
     grad[700] = value
     with on_shim():
@@ -117,7 +112,7 @@ def test_step_that_is_not_finite_is_seen_and_forgotten(value: float) -> None:
 
 def test_unaligned_and_guarded() -> None:
     for offset in (0, 1, 3):
-        grad, start = case(1001)
+        grad, start = gradient_and_residual(1001)
         residual, whole = guarded((1001,), torch.float32, offset)
         residual.copy_(start)
         against_reference(grad[1:], residual[1:], 500)
@@ -125,7 +120,7 @@ def test_unaligned_and_guarded() -> None:
 
 
 def test_cost_is_what_launches_touch() -> None:
-    grad, residual = case(2000)
+    grad, residual = gradient_and_residual(2000)
     with on_shim() as record:
         message = adacomp_pack(grad, residual, 500)
         touched, n_launches = record.n_bytes, len(record.launches)
@@ -146,7 +141,7 @@ def test_message_is_small() -> None:
 
 
 def test_input_errors() -> None:
-    grad, residual = case(10)
+    grad, residual = gradient_and_residual(10)
     with pytest.raises(InputError, match="bin is 40000"):
         adacomp_pack(grad, residual, 40_000)
     with pytest.raises(InputError, match="capacity is -1"):

@@ -8,7 +8,7 @@ import torch
 from runtime.kernels import adacomp, cross_entropy, one_bit, quantize
 from runtime.kernels.loader import Kernel
 from tests.runtime.kernels import nvrtc
-from tests.runtime.kernels.test_nvrtc import ARCHITECTURES, BF16, FP16, FP32, META, check
+from tests.runtime.kernels.test_nvrtc import ARCHITECTURES, BF16, FP16, FP32, META
 
 FAMILIES = {"cross_entropy", "loss_rows", "quantize", "dequantize", "adacomp", "one_bit"}
 
@@ -45,14 +45,14 @@ ALL = [
 def test_compiles_without_spills(arch: int) -> None:
     assert {kernel.family for kernel in QUICK} == FAMILIES
     for kernel in QUICK:
-        check(kernel, arch)
+        nvrtc.assert_no_spills(kernel, arch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_variants_compile_without_spills(arch: int) -> None:
     for kernel in ALL:
-        check(kernel, arch)
+        nvrtc.assert_no_spills(kernel, arch)
 
 
 def test_logits_move_in_whole_accesses() -> None:

@@ -76,23 +76,17 @@ def test_every_file_is_compiled() -> None:
         assert any("nvrtc" in text and f'"{family}"' in text for text in elsewhere), f"{family}.cu is compiled nowhere"
 
 
-def check(kernel: Kernel, arch: int) -> None:
-    for name, compiled in nvrtc.compile_family(kernel.family, kernel.defines, arch).items():
-        assert compiled.machine_code.startswith(b"\x7fELF")
-        assert compiled.spilled_bytes == 0, f"{name} on sm_{arch}: {compiled._replace(machine_code=b'')}"
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills(arch: int) -> None:
     for kernel in QUICK:
-        check(kernel, arch)
+        nvrtc.assert_no_spills(kernel, arch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_variants_compile_without_spills(arch: int) -> None:
     for kernel in ALL:
-        check(kernel, arch)
+        nvrtc.assert_no_spills(kernel, arch)
 
 
 def test_vector_accesses() -> None:

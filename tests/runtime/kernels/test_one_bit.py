@@ -17,15 +17,10 @@ from runtime.kernels.one_bit import (
     one_bit_sum,
     one_bit_sum_reference,
 )
-from tests.runtime.kernels.checks import DTYPES, at_offset, needs_shim, on_shim
+from tests.runtime.kernels.checks import DTYPES, at_offset, gradient_and_residual, needs_shim, on_shim
 from tests.runtime.kernels.shim import guarded, intact
 
 pytestmark = needs_shim
-
-
-def case(numel: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(numel, generator=generator).to(dtype), torch.randn(numel, generator=generator) * 0.5
 
 
 def against_reference(x: Tensor, error: Tensor, block: int, order: int = 0) -> Signs:
@@ -43,7 +38,7 @@ def against_reference(x: Tensor, error: Tensor, block: int, order: int = 0) -> S
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_signs_of_the_reference(dtype: torch.dtype) -> None:
     for numel in (5000, 4096, 1, 0, 63):
-        against_reference(*case(numel, dtype), 64)
+        against_reference(*gradient_and_residual(numel, dtype), 64)
 
 
 def test_by_hand() -> None:
@@ -59,7 +54,7 @@ def test_by_hand() -> None:
 @settings(max_examples=30, deadline=None)
 @given(numel=st.integers(0, 6000), offset=st.integers(0, 3), seed=st.integers(0, 99), block=st.sampled_from([64, 2048]))
 def test_any_size_and_alignment(numel: int, offset: int, seed: int, block: int) -> None:
-    x, start = case(numel, seed=seed)
+    x, start = gradient_and_residual(numel, seed=seed)
     error, whole = guarded((numel,), torch.float32, offset)
     error.copy_(start)
     signs = against_reference(at_offset(x, offset), error, block, order=seed % 2)
@@ -70,7 +65,7 @@ def test_any_size_and_alignment(numel: int, offset: int, seed: int, block: int) 
 
 
 def test_nothing_is_lost() -> None:
-    x, error = case(1000, torch.float32)
+    x, error = gradient_and_residual(1000, torch.float32)
     total = x.double() + error.double()
     with on_shim():
         back = one_bit_sum(one_bit_pack(x, error, 64))
@@ -86,7 +81,7 @@ def test_error_is_sent_in_the_end() -> None:
 
 
 def test_block_that_is_not_finite_keeps_its_error() -> None:
-    x, error = case(256)
+    x, error = gradient_and_residual(256)
     before = error.clone()
     x[70], x[200] = torch.nan, -torch.inf
     signs = against_reference(x, error, 64)
@@ -98,7 +93,7 @@ def test_block_that_is_not_finite_keeps_its_error() -> None:
 
 @pytest.mark.parametrize("pieces", [1, 3, 9])
 def test_sum_of_received_pieces(pieces: int) -> None:
-    packed = [one_bit_pack_reference(*case(1003, seed=s), 64) for s in range(pieces)]
+    packed = [one_bit_pack_reference(*gradient_and_residual(1003, seed=s), 64) for s in range(pieces)]
     received = Signs(torch.stack([p.bits for p in packed]), torch.stack([p.scales for p in packed]), 1003, 64)
     right = torch.stack([one_bit_sum_reference(p).double() for p in packed]).sum(0) / pieces
     with on_shim():
@@ -107,7 +102,7 @@ def test_sum_of_received_pieces(pieces: int) -> None:
 
 
 def test_cost_is_what_launches_touch() -> None:
-    x, error = case(1001)
+    x, error = gradient_and_residual(1001)
     forward, back = cost(1001, 64, "bf16", 2, pieces=2)
     with on_shim() as record:
         signs = one_bit_pack(x, error, 64)
@@ -125,7 +120,7 @@ def test_sizes_on_the_wire() -> None:
 
 
 def test_input_errors() -> None:
-    x, error = case(100)
+    x, error = gradient_and_residual(100)
     with pytest.raises(InputError, match="block is 100"):
         one_bit_pack(x, error, 100)
     with pytest.raises(InputError, match="error is"):
