@@ -87,14 +87,15 @@ def time_bars(rows: Sequence[Row]) -> alt.LayerChart:
 
 
 def error_bars(rows: Sequence[Row]) -> alt.Chart:
-    """Signed error of each compared term in percent, as given (worst first)."""
+    """Signed error of each compared term in percent, as given (worst first); the axis shows one percent at least."""
     values = [{"term": r["label"], "percent": 100 * r["error"]} for r in rows if r["error"] is not None]
+    ends = alt.Scale(domain=[min([-1.0, *(v["percent"] for v in values)]), max([1.0, *(v["percent"] for v in values)])])
     return (
         alt.Chart(alt.Data(values=values))
         .mark_bar()
         .encode(
             y=alt.Y("term:N", sort=None, title=None, axis=alt.Axis(labelLimit=260)),
-            x=alt.X("percent:Q", title="error, %"),
+            x=alt.X("percent:Q", title="error, %", scale=ends),
             color=alt.condition("datum.percent > 0", alt.value("#d9822b"), alt.value("#1f4e8c")),
             tooltip=[alt.Tooltip("term:N"), alt.Tooltip("percent:Q", format="+.2f")],
         )
