@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from estimator.errors import InputError
 from estimator.job.cluster import Cluster
+from estimator.job.grouping import check_ranks
 from estimator.job.model import ModelSpec
 from estimator.job.strategy import Strategy
 from estimator.job.workload import Workload
+
+_IN_FIRST_RECORDS = frozenset(
+    ("zero_stage", "offload", "recompute", "dtype", "optimizer", "tp", "pp", "cp", "ep", "bucket_bytes", "prefetch_depth",
+     "grad_clip")
+)  # fmt: skip
+"""Fields of ``Strategy`` that every key holds; a younger one is held where it is not at its default, so that keys stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,7 @@ class Job:
         for axis, word in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
             if getattr(s, axis) > 1:
                 raise InputError(f"{axis} is {getattr(s, axis)}; {word} parallelism is not forecast yet, allowed: 1")
+        check_ranks(s, self.dp)
         per_pass = w.micro_batch_size * self.dp
         if w.global_batch_size % per_pass:
             near = max(per_pass, round(w.global_batch_size / per_pass) * per_pass)
@@ -79,5 +88,12 @@ class Job:
             "n_gpus": self.cluster.n_gpus,
             "gpus_per_node": self.cluster.gpus_per_node,
         }
-        text = json.dumps([model, asdict(self.workload), asdict(self.strategy), cluster], sort_keys=True)
+        strategy = {name: getattr(self.strategy, name) for name in _IN_FIRST_RECORDS} | young_choices(self.strategy)
+        text = json.dumps([model, asdict(self.workload), strategy, cluster], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def young_choices(strategy: Strategy) -> dict[str, Any]:
+    """Fields younger than the first records that are not at their defaults."""
+    young = {f.name: f.default for f in fields(Strategy) if f.name not in _IN_FIRST_RECORDS}
+    return {name: value for name, default in young.items() if (value := getattr(strategy, name)) != default}

@@ -7,100 +7,15 @@ further formula: the operators of the backward pass, what is kept for it, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-
+from estimator.ops import fused
 from estimator.ops.operator import Op
-from estimator.units import DTYPE_BYTES
-
-Ref = int
-"""A tensor's storage; views of it are the same ``Ref``."""
+from estimator.ops.tape import TEMPORARIES, Node, Ref, Tape
 
 
-@dataclass(slots=True)
-class Tensor:
-    n_bytes: int
-    category: str
-    n_grad_bytes: int = 0
-    """Bytes of its gradient; 0 when it needs none."""
-    last_use: int = -1
-    """Last node during which Python still refers to it."""
-
-
-@dataclass(slots=True)
-class Node:
-    """One autograd node. Bytes beyond its output are temporaries of the pass."""
-
-    inputs: tuple[Ref, ...]
-    output: Ref
-    forward: tuple[Op, ...] = ()
-    backward: tuple[Op, ...] = ()
-    saves: tuple[Ref, ...] = ()
-    aux: tuple[Ref, ...] = ()
-    """Outputs that only its own backward reads (statistics, log-sum-exp)."""
-    forward_temp_bytes: int = 0
-    backward_temp_bytes: int = 0
-    param_grad_bytes: int = 0
-    """Fresh parameter gradients, gone once they are added to the flat buffer."""
-    pending_grad_bytes: int = 0
-    """Parameter gradients that wait for another use of the same parameter (tied embeddings)."""
-    settled_grad_bytes: int = 0
-    """Such gradients that this node adds to its own and so ends their wait."""
-    passes_grad: bool = False
-    """Its backward hands on the incoming gradient itself (addition)."""
-    cached: bool = False
-    """Selective recomputation keeps its output."""
-    saves_after: bool = False
-    """Saved tensors are packed after the kernel ran (Python autograd functions), not before it."""
-
-
-@dataclass(slots=True)
-class Graph:
-    """Builder of one unit. ``rows`` is tokens of one micro-batch; widths are elements."""
-
-    dtype: str
-    rows: int
-    tensors: list[Tensor] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
-    input: Ref = -1
-    output: Ref = -1
-    n_matmuls: int = 0
-
-    @property
-    def width(self) -> int:
-        """Bytes of one element of the activations' dtype."""
-        return DTYPE_BYTES[self.dtype]
-
-    # ---- tensors --------------------------------------------------------------------------------------------------
-
-    def tensor(self, n_bytes: int, category: str = "activations", grad: bool = True) -> Ref:
-        self.tensors.append(Tensor(n_bytes, category, n_bytes if grad else 0))
-        return len(self.tensors) - 1
-
-    def activation(self, width: int) -> Ref:
-        """A ``[rows, width]`` tensor of the activations' dtype."""
-        return self.tensor(self.rows * width * self.width)
-
-    def _add(self, node: Node) -> Ref:
-        self.nodes.append(node)
-        for ref in (*node.inputs, *node.aux, node.output):
-            self.tensors[ref].last_use = max(self.tensors[ref].last_use, len(self.nodes) - 1)
-        return node.output
-
-    @contextmanager
-    def call(self, *held: Ref) -> Iterator[None]:
-        """A Python call: its arguments stay referenced until it returns."""
-        yield
-        for ref in held:
-            self.tensors[ref].last_use = max(self.tensors[ref].last_use, len(self.nodes) - 1)
+class Graph(Tape):
+    """Operators in plain torch, or as kernels where these work (``estimator.ops.fused``)."""
 
     # ---- operators ------------------------------------------------------------------------------------------------
-
-    def _elementwise(
-        self, name: str, n_bytes: int, flops: int = 0, backward: bool = False, kind: str = "elementwise"
-    ) -> Op:
-        return Op(name, kind, backward, self.dtype, flops, n_bytes)  # type: ignore[arg-type]
 
     def linear(
         self, x: Ref, n_in: int, n_out: int, *, bias: bool, category: str = "activations", pending: bool = False
@@ -113,15 +28,15 @@ class Graph:
         backward = [
             Op("linear_dgrad", "matmul", True, self.dtype, flops, n_bytes, (1, m, n_in, n_out)),
             Op("linear_wgrad", "matmul", True, self.dtype, flops, n_bytes, (1, n_out, n_in, m)),
-            self._elementwise("accumulate_grad", 3 * grad_bytes, n_in * n_out, True),
+            self.accumulate_grad(grad_bytes // w),
         ]
         if bias:
-            backward.append(self._elementwise("bias_grad", m * n_out * w, m * n_out, True))
+            backward.append(self.elementwise("bias_grad", m * n_out * w, m * n_out, True))
         self.n_matmuls += 1
-        return self._add(
+        return self.record(
             Node(
                 (x,),
-                out,
+                (out,),
                 forward=(Op("linear", "matmul", False, self.dtype, flops, n_bytes, (1, m, n_out, n_in)),),
                 backward=tuple(backward),
                 saves=(x,),
@@ -132,20 +47,22 @@ class Graph:
         )
 
     def norm(self, x: Ref, width: int, *, rms: bool, bias: bool, rows: int | None = None) -> Ref:
-        """LayerNorm (one fused operator) or RMSNorm (``runtime.functional.rms_norm``) over ``width`` elements."""
+        """LayerNorm (in plain torch one native operator) or RMSNorm over ``width`` elements of ``rows`` rows."""
         rows = self.rows if rows is None else rows
+        name = "rms_norm" if rms else "layer_norm"
+        if name in self.kernels:
+            return self.record(fused.norm_node(self, x, None, rows, width, rms=rms, bias=bias))
         n, w = rows * width, self.width
         out = self.tensor(n * w)
-        name = "rms_norm" if rms else "layer_norm"
-        stats = self.tensor(rows * 4 * (1 if rms else 2), grad=False)
+        stats = self.tensor(rows * (4 if rms else 2 * self.stat_bytes), grad=False)
         grad_bytes = width * w * (2 if bias else 1)
         low = self.dtype != "fp32"
-        return self._add(
+        return self.record(
             Node(
                 (x,),
-                out,
-                forward=(self._elementwise(name, 2 * n * w, 4 * n, kind="norm"),),
-                backward=(self._elementwise(f"{name}_backward", 3 * n * w, 8 * n, True, kind="norm"),),
+                (out,),
+                forward=(self.elementwise(name, 2 * n * w, 4 * n, kind="norm"),),
+                backward=(self.elementwise(f"{name}_backward", 3 * n * w, 8 * n, True, kind="norm"),),
                 saves=(x,),
                 aux=(stats,),
                 forward_temp_bytes=6 * n if rms and low else 0,
@@ -155,27 +72,40 @@ class Graph:
             )
         )
 
-    def rotary(self, x: Ref, width: int) -> Ref:
-        """Rotation by position (Su et al. 2021): keeps nothing but the shared tables."""
+    def add_norm(self, x: Ref, residual: Ref, width: int, *, rms: bool, bias: bool) -> tuple[Ref, Ref]:
+        """The norm of ``residual + x`` and that sum: one kernel, or an addition and a norm."""
+        if ("rms_norm" if rms else "layer_norm") in self.kernels:
+            node = fused.norm_node(self, x, residual, self.rows, width, rms=rms, bias=bias)
+            return self.record(node), node.outputs[1]
+        with self.call(x, residual):
+            total = self.add(residual, x, width)
+            with self.call(total):
+                return self.norm(total, width, rms=rms, bias=bias), total
+
+    def rotary(self, x: Ref, shape: tuple[int, int, int, int], rotary_dim: int) -> Ref:
+        """Rotation by position (Su et al. 2021) of ``shape`` ``[B, S, H, D]``: keeps nothing but the shared tables."""
+        width = shape[2] * shape[3]
+        if "rotary" in self.kernels:
+            return self.record(fused.rotary_node(self, x, shape, rotary_dim))
         n_bytes = self.rows * width * self.width
-        return self._add(
+        return self.record(
             Node(
                 (x,),
-                self.activation(width),
-                forward=(self._elementwise("rotary", 2 * n_bytes, 3 * self.rows * width),),
-                backward=(self._elementwise("rotary_backward", 2 * n_bytes, 3 * self.rows * width, True),),
+                (self.activation(width),),
+                forward=(self.elementwise("rotary", 2 * n_bytes, 3 * self.rows * width),),
+                backward=(self.elementwise("rotary_backward", 2 * n_bytes, 3 * self.rows * width, True),),
             )
         )
 
     def repeat_heads(self, x: Ref, width: int, repeats: int) -> Ref:
         """Key/value heads copied to every query head, where the attention kernel has no grouped form."""
         n_bytes = self.rows * width * self.width
-        return self._add(
+        return self.record(
             Node(
                 (x,),
-                self.activation(width * repeats),
-                forward=(self._elementwise("repeat_heads", (1 + repeats) * n_bytes),),
-                backward=(self._elementwise("repeat_heads_backward", (1 + repeats) * n_bytes, 0, True),),
+                (self.activation(width * repeats),),
+                forward=(self.elementwise("repeat_heads", (1 + repeats) * n_bytes),),
+                backward=(self.elementwise("repeat_heads_backward", (1 + repeats) * n_bytes, 0, True),),
             )
         )
 
@@ -195,10 +125,10 @@ class Graph:
         out = self.activation(n_heads * head_dim)
         lse = self.tensor(batch * n_heads * seq_len * 4, grad=False)
         n_bytes = 2 * q_bytes + 2 * kv_bytes
-        return self._add(
+        return self.record(
             Node(
                 (q, k, v),
-                out,
+                (out,),
                 forward=(Op("attention", "attention", False, self.dtype, flops, n_bytes, shape),),
                 backward=(Op("attention_backward", "attention", True, self.dtype, 2.5 * flops, 2 * n_bytes, shape),),
                 saves=(q, k, v, out),
@@ -207,28 +137,39 @@ class Graph:
             )
         )
 
-    def activate(self, x: Ref, width: int) -> Ref:
-        """GELU, ReLU or SiLU: keeps its input."""
+    def activate(self, x: Ref, width: int, name: str) -> Ref:
+        """The activation ``name``: keeps its input."""
+        if "activation" in self.kernels:
+            return self.record(fused.activation_node(self, (x,), width, name))
         n_bytes = self.rows * width * self.width
-        return self._add(
+        return self.record(
             Node(
                 (x,),
-                self.activation(width),
-                forward=(self._elementwise("activation", 2 * n_bytes, 8 * self.rows * width),),
-                backward=(self._elementwise("activation_backward", 3 * n_bytes, 12 * self.rows * width, True),),
+                (self.activation(width),),
+                forward=(self.elementwise("activation", 2 * n_bytes, 8 * self.rows * width),),
+                backward=(self.elementwise("activation_backward", 3 * n_bytes, 12 * self.rows * width, True),),
                 saves=(x,),
             )
         )
 
-    def gated_activate(self, gate: Ref, up: Ref, width: int) -> Ref:
+    def linear_activate(self, x: Ref, n_in: int, n_out: int, name: str, *, bias: bool) -> Ref:
+        """``activation(x @ W.T + b)``: the bias belongs to the activation's kernel, or to the matrix product."""
+        if bias and "activation" in self.kernels:
+            product = self.linear(x, n_in, n_out, bias=False)
+            return self.record(fused.activation_node(self, (product,), n_out, name, bias=True))
+        return self.activate(self.linear(x, n_in, n_out, bias=bias), n_out, name)
+
+    def gated_activate(self, gate: Ref, up: Ref, width: int, name: str) -> Ref:
         """``activation(gate) * up`` as one function: keeps gate and up only."""
+        if "gated_activation" in self.kernels:
+            return self.record(fused.activation_node(self, (gate, up), width, name))
         n_bytes = self.rows * width * self.width
-        return self._add(
+        return self.record(
             Node(
                 (gate, up),
-                self.activation(width),
-                forward=(self._elementwise("gated_activation", 5 * n_bytes, 6 * self.rows * width),),
-                backward=(self._elementwise("gated_activation_backward", 9 * n_bytes, 12 * self.rows * width, True),),
+                (self.activation(width),),
+                forward=(self.elementwise("gated_activation", 5 * n_bytes, 6 * self.rows * width),),
+                backward=(self.elementwise("gated_activation_backward", 9 * n_bytes, 12 * self.rows * width, True),),
                 saves=(gate, up),
                 backward_temp_bytes=n_bytes,
                 saves_after=True,
@@ -237,12 +178,12 @@ class Graph:
 
     def add(self, a: Ref, b: Ref, width: int) -> Ref:
         n_bytes = self.rows * width * self.width
-        return self._add(
+        return self.record(
             Node(
                 (a, b),
-                self.activation(width),
-                forward=(self._elementwise("add", 3 * n_bytes, self.rows * width),),
-                backward=(self._elementwise("add_grads", 3 * n_bytes, self.rows * width, True),),
+                (self.activation(width),),
+                forward=(self.elementwise("add", 3 * n_bytes, self.rows * width),),
+                backward=(self.elementwise("add_grads", 3 * n_bytes, self.rows * width, True),),
                 passes_grad=True,
             )
         )
@@ -252,66 +193,90 @@ class Graph:
     def embedding(self, rows: int, width: int, table_rows: int, *, tied: bool = False) -> Ref:
         """Look-up of ``rows`` rows; backward writes a dense gradient of the whole table.
 
-        When ``tied`` the head's gradient of the same table is added to it first.
+        When ``tied`` the head's gradient of the same table, which has waited, is added to it first.
         """
         n_bytes, table_bytes = rows * width * self.width, table_rows * width * self.width
         out = self.tensor(n_bytes)
-        return self._add(
+        return self.record(
             Node(
                 (),
-                out,
-                forward=(self._elementwise("embedding", 2 * n_bytes, kind="embedding"),),
+                (out,),
+                forward=(self.elementwise("embedding", 2 * n_bytes, kind="embedding"),),
                 backward=(
-                    self._elementwise("embedding_backward", 2 * n_bytes + table_bytes, 0, True, kind="embedding"),
-                    self._elementwise("accumulate_grad", 3 * table_bytes, table_rows * width, True),
+                    self.elementwise("embedding_backward", 2 * n_bytes + table_bytes, 0, True, kind="embedding"),
+                    self.accumulate_grad(table_rows * width),
                 ),
                 param_grad_bytes=table_bytes,
                 settled_grad_bytes=table_bytes if tied else 0,
+                pending_category="logits_loss" if "linear_cross_entropy" in self.kernels else TEMPORARIES,
             )
         )
 
     def add_positions(self, x: Ref, positions: Ref, width: int) -> Ref:
         """Adds a ``[seq_len, width]`` table to every sequence; its gradient is a sum over the batch."""
         n_bytes = self.rows * width * self.width
-        return self._add(
+        return self.record(
             Node(
                 (x, positions),
-                self.activation(width),
-                forward=(self._elementwise("add", 2 * n_bytes, self.rows * width),),
-                backward=(self._elementwise("sum_over_batch", n_bytes, self.rows * width, True),),
+                (self.activation(width),),
+                forward=(self.elementwise("add", 2 * n_bytes, self.rows * width),),
+                backward=(self.elementwise("sum_over_batch", n_bytes, self.rows * width, True),),
                 passes_grad=True,
             )
         )
 
+    # ---- the loss ---------------------------------------------------------------------------------------------------
+
+    def linear_cross_entropy(
+        self, h: Ref, width: int, vocab_size: int, *, bias: bool, pending: bool, factor_is_one: bool = True
+    ) -> Ref:
+        """Projection to the vocabulary and mean cross-entropy: in chunks of rows, or all logits at once.
+
+        ``pending``: the projection's weight is another unit's too. ``factor_is_one``: nothing multiplies the loss.
+        """
+        if "linear_cross_entropy" in self.kernels:
+            return self.record(
+                fused.linear_cross_entropy_node(
+                    self, h, width, vocab_size, bias=bias, pending=pending, factor_is_one=factor_is_one
+                )
+            )
+        with self.call(h):
+            logits = self.linear(h, width, vocab_size, bias=bias, category="logits_loss", pending=pending)
+            return self.cross_entropy(logits, vocab_size)
+
     def cross_entropy(self, logits: Ref, vocab_size: int) -> Ref:
-        """``F.cross_entropy(logits.float(), labels)``: an fp32 copy, log-softmax (kept), negative log likelihood."""
+        """In place of the logits, or ``F.cross_entropy(logits.float(), labels)``: an fp32 copy, log-softmax (kept),
+        negative log likelihood."""
+        if "cross_entropy" in self.kernels:
+            with self.call(logits):
+                return self.record(fused.cross_entropy_node(self, logits, vocab_size))
         n = self.rows * vocab_size
         if self.dtype != "fp32":
             copy = self.tensor(4 * n, "logits_loss")
-            logits = self._add(
+            logits = self.record(
                 Node(
                     (logits,),
-                    copy,
-                    forward=(self._elementwise("logits_to_fp32", (self.width + 4) * n, kind="loss"),),
-                    backward=(self._elementwise("logits_grad_from_fp32", (self.width + 4) * n, 0, True, kind="loss"),),
+                    (copy,),
+                    forward=(self.elementwise("logits_to_fp32", (self.width + 4) * n, kind="loss"),),
+                    backward=(self.elementwise("logits_grad_from_fp32", (self.width + 4) * n, 0, True, kind="loss"),),
                 )
             )
-        log_probs = self._add(
+        log_probs = self.record(
             Node(
                 (logits,),
-                self.tensor(4 * n, "logits_loss"),
-                forward=(self._elementwise("log_softmax", 8 * n, 5 * n, kind="loss"),),
-                backward=(self._elementwise("log_softmax_backward", 12 * n, 5 * n, True, kind="loss"),),
+                (self.tensor(4 * n, "logits_loss"),),
+                forward=(self.elementwise("log_softmax", 8 * n, 5 * n, kind="loss"),),
+                backward=(self.elementwise("log_softmax_backward", 12 * n, 5 * n, True, kind="loss"),),
             )
         )
         self.nodes[-1].saves = (log_probs,)
         with self.call(logits):
-            return self._add(
+            return self.record(
                 Node(
                     (log_probs,),
-                    self.tensor(4, "logits_loss"),
-                    forward=(self._elementwise("nll_loss", 8 * self.rows, kind="loss"),),
-                    backward=(self._elementwise("nll_loss_backward", 4 * n, 0, True, kind="loss"),),
+                    (self.tensor(4, "logits_loss"),),
+                    forward=(self.elementwise("nll_loss", 8 * self.rows, kind="loss"),),
+                    backward=(self.elementwise("nll_loss_backward", 4 * n, 0, True, kind="loss"),),
                     saves=(log_probs,),
                 )
             )

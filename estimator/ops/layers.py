@@ -10,8 +10,10 @@ from typing import NamedTuple
 from estimator.job.model import ModelSpec
 from estimator.job.strategy import Recompute
 from estimator.ops.cost import UnitCost
-from estimator.ops.graph import Graph, Ref
+from estimator.ops.graph import Graph
+from estimator.ops.kernels.chip import H200, Chip
 from estimator.ops.liveness import unit_cost
+from estimator.ops.tape import Ref
 from estimator.sharding.units import Unit
 
 
@@ -23,10 +25,23 @@ class Shape(NamedTuple):
     dtype: str
     repeats_kv_heads: bool
     """True where the attention kernel has no grouped-query form (on a CPU, and in fp32)."""
+    kernels: frozenset[str] = frozenset()
+    """Kernels of the runtime that work on the device; plain torch does the rest."""
+    chip: Chip = H200
+    """Sizes of their launches."""
+    factor_is_one: bool = True
+    """Nothing multiplies the loss before its backward pass: one micro-batch and no loss scaling."""
+    grad_dtype: str = ""
+    """Of the buffers that gradients are added to; empty: ``dtype``."""
+    stat_bytes: int = 4
+    """Bytes of each of a row's two statistics that torch's LayerNorm keeps: fp32, but ``dtype`` on a CPU."""
 
     @property
     def rows(self) -> int:
         return self.micro_batch_size * self.seq_len
+
+    def graph(self) -> Graph:
+        return Graph(self.dtype, self.rows, self.kernels, self.chip, self.grad_dtype, self.stat_bytes)
 
 
 def unit_costs(spec: ModelSpec, units: tuple[Unit, ...], shape: Shape, recompute: Recompute) -> list[UnitCost]:
@@ -46,7 +61,7 @@ def unit_costs(spec: ModelSpec, units: tuple[Unit, ...], shape: Shape, recompute
 
 def embedding_graph(spec: ModelSpec, shape: Shape) -> Graph:
     """Token (and position) look-up. The batch itself (ids and labels, int64) is its input."""
-    g = Graph(shape.dtype, shape.rows)
+    g = shape.graph()
     width = spec.embed_dim or spec.d_model
     ids = g.tensor(2 * 8 * shape.rows, grad=False)
     x = g.embedding(shape.rows, width, spec.vocab_size, tied=spec.tied_embeddings)
@@ -66,7 +81,7 @@ def embedding_graph(spec: ModelSpec, shape: Shape) -> Graph:
 
 def block_graph(spec: ModelSpec, shape: Shape, window: int) -> Graph:
     """Attention and MLP around the residual stream."""
-    g, d = Graph(shape.dtype, shape.rows), spec.d_model
+    g, d = shape.graph(), spec.d_model
     x = g.input = g.activation(d)
     with g.call(x):
         if not spec.pre_norm:
@@ -79,27 +94,27 @@ def block_graph(spec: ModelSpec, shape: Shape, window: int) -> Graph:
             g.output = g.add(y, _mlp(g, spec, _norm(g, spec, x)), d)
             return g
         attn = _attention(g, spec, shape, _norm(g, spec, x), window)
-        y = g.add(x, _norm(g, spec, attn) if spec.sandwich_norms else attn, d)
-    with g.call(y):
-        mlp = _mlp(g, spec, _norm(g, spec, y))
+        attn = _norm(g, spec, attn) if spec.sandwich_norms else attn
+        h, y = g.add_norm(attn, x, d, rms=spec.norm == "rmsnorm", bias=spec.norm_bias)
+    with g.call(h, y):
+        mlp = _mlp(g, spec, h)
         g.output = g.add(y, _norm(g, spec, mlp) if spec.sandwich_norms else mlp, d)
     return g
 
 
 def head_graph(spec: ModelSpec, shape: Shape) -> Graph:
     """Final norm, projection to the vocabulary, cross-entropy."""
-    g, d = Graph(shape.dtype, shape.rows), spec.d_model
+    g, d = shape.graph(), spec.d_model
     x = g.input = g.activation(d)
     width = spec.embed_dim or d
     with g.call(x):
         h = _norm(g, spec, x) if spec.final_norm else x
         if width != d:
             h = g.linear(h, d, width, bias=False)
-        with g.call(h):
-            logits = g.linear(
-                h, width, spec.vocab_size, bias=spec.head_bias, category="logits_loss", pending=spec.tied_embeddings
-            )
-            g.output = g.cross_entropy(logits, spec.vocab_size)
+        g.output = g.linear_cross_entropy(
+            h, width, spec.vocab_size, bias=spec.head_bias, pending=spec.tied_embeddings,
+            factor_is_one=shape.factor_is_one,
+        )  # fmt: skip
     return g
 
 
@@ -117,7 +132,9 @@ def _attention(g: Graph, spec: ModelSpec, shape: Shape, h: Ref, window: int) -> 
             q = g.norm(q, spec.head_dim, rms=True, bias=False, rows=g.rows * spec.n_heads)
             k = g.norm(k, spec.head_dim, rms=True, bias=False, rows=g.rows * spec.n_kv_heads)
         if spec.rotary_dim:
-            q, k = g.rotary(q, q_width), g.rotary(k, kv_width)
+            place = (shape.micro_batch_size, shape.seq_len)
+            q = g.rotary(q, (*place, spec.n_heads, spec.head_dim), spec.rotary_dim)
+            k = g.rotary(k, (*place, spec.n_kv_heads, spec.head_dim), spec.rotary_dim)
         n_kv_heads = spec.n_kv_heads
         if shape.repeats_kv_heads and n_kv_heads < spec.n_heads:
             repeats = spec.n_heads // n_kv_heads
@@ -136,7 +153,7 @@ def _mlp(g: Graph, spec: ModelSpec, h: Ref) -> Ref:
         if spec.gated_mlp:
             gate = g.linear(h, spec.d_model, spec.d_ff, bias=spec.mlp_bias)
             up = g.linear(h, spec.d_model, spec.d_ff, bias=spec.mlp_bias)
-            inner = g.gated_activate(gate, up, spec.d_ff)
+            inner = g.gated_activate(gate, up, spec.d_ff, spec.activation)
         else:
-            inner = g.activate(g.linear(h, spec.d_model, spec.d_ff, bias=spec.mlp_bias), spec.d_ff)
+            inner = g.linear_activate(h, spec.d_model, spec.d_ff, spec.activation, bias=spec.mlp_bias)
         return g.linear(inner, spec.d_ff, spec.d_model, bias=spec.mlp_bias)

@@ -1,4 +1,4 @@
-"""Live bytes of a unit's passes under eager autograd, from its ``Graph``.
+"""Live bytes of a unit's passes under eager autograd, from its ``Tape``.
 
 The rules are PyTorch's: a tensor lives while Python or a saved variable refers to it; a backward node produces all its
 gradients, then drops what it saved and the gradient it consumed; two gradients of one tensor are summed into a third;
@@ -12,12 +12,10 @@ from collections import Counter
 
 from estimator.job.strategy import Recompute
 from estimator.ops.cost import PassMemory, UnitCost
-from estimator.ops.graph import Graph, Ref
-
-_TEMPORARIES = "temporaries"
+from estimator.ops.tape import TEMPORARIES, Node, Ref, Tape
 
 
-def unit_cost(graph: Graph, recompute: Recompute) -> UnitCost:
+def unit_cost(graph: Tape, recompute: Recompute) -> UnitCost:
     """Operators and live bytes of one unit. ``recompute`` is what this unit does (only blocks recompute)."""
     kept = _kept_by_forward(graph, recompute)
     forward_memory = _Forward(graph, kept, from_cache=False).run(stop=len(graph.nodes))
@@ -30,17 +28,17 @@ def unit_cost(graph: Graph, recompute: Recompute) -> UnitCost:
     return UnitCost(forward, backward, again, forward_memory, backward_memory)
 
 
-def _kept_by_forward(graph: Graph, recompute: Recompute) -> set[Ref]:
+def _kept_by_forward(graph: Tape, recompute: Recompute) -> set[Ref]:
     """Storages that the forward pass leaves behind for the backward pass."""
     if recompute == "none":
         return {ref for node in graph.nodes for ref in (*node.saves, *node.aux)}
     kept = {graph.input}
     if recompute == "selective":
-        kept |= {ref for node in graph.nodes if node.cached for ref in (node.output, *node.aux)}
+        kept |= {ref for node in graph.nodes if node.cached for ref in (*node.outputs, *node.aux)}
     return kept
 
 
-def _replay_stop(graph: Graph) -> int:
+def _replay_stop(graph: Tape) -> int:
     """How many nodes a checkpoint replays: it stops once the last tensor to save is packed.
 
     torch's own operators pack before their kernel runs, Python autograd functions after it.
@@ -69,7 +67,7 @@ class _Meter:
         if n_bytes > self.category_peak.get(category, 0):
             self.category_peak[category] = n_bytes
 
-    def look(self, temp_bytes: int = 0, temp_category: str = _TEMPORARIES) -> None:
+    def look(self, temp_bytes: int = 0, temp_category: str = TEMPORARIES) -> None:
         """Compare this instant, with ``temp_bytes`` more, to the largest so far."""
         self._raise(temp_category, self.live[temp_category] + temp_bytes)
         if self.total + temp_bytes > self.peak_total:
@@ -86,12 +84,12 @@ class _Meter:
 class _Forward:
     """Plays a forward pass that keeps ``kept``. ``from_cache``: outputs of cached nodes already exist."""
 
-    def __init__(self, graph: Graph, kept: set[Ref], from_cache: bool) -> None:
+    def __init__(self, graph: Tape, kept: set[Ref], from_cache: bool) -> None:
         self.graph, self.from_cache = graph, from_cache
         self.meter = _Meter()
         self.known = {graph.input, graph.output, *kept}
         if from_cache:
-            self.known |= {node.output for node in graph.nodes if node.cached}
+            self.known |= {ref for node in graph.nodes if node.cached for ref in node.outputs}
         self.ends: dict[int, list[Ref]] = {}
         for ref, tensor in enumerate(graph.tensors):
             if ref not in kept and ref != graph.output:
@@ -100,7 +98,7 @@ class _Forward:
     def category(self, ref: Ref) -> str:
         """Tensors that die inside the pass are temporaries, except logits."""
         tensor = self.graph.tensors[ref]
-        return tensor.category if ref in self.known or tensor.category == "logits_loss" else _TEMPORARIES
+        return tensor.category if ref in self.known or tensor.category == "logits_loss" else TEMPORARIES
 
     def run(self, stop: int) -> PassMemory:
         self.play(stop)
@@ -110,14 +108,14 @@ class _Forward:
         meter, tensors = self.meter, self.graph.tensors
         for index, node in enumerate(self.graph.nodes[:stop]):
             if not (self.from_cache and node.cached):
-                for ref in (node.output, *node.aux):
+                for ref in (*node.outputs, *node.aux):
                     meter.add(self.category(ref), tensors[ref].n_bytes)
-                meter.look(node.forward_temp_bytes)
+                meter.look(node.forward_temp_bytes, node.temp_category)
             for ref in self.ends.get(index, ()):
                 meter.add(self.category(ref), -tensors[ref].n_bytes)
 
 
-def _backward(graph: Graph, kept: set[Ref], recompute: Recompute) -> PassMemory:
+def _backward(graph: Tape, kept: set[Ref], recompute: Recompute) -> PassMemory:
     """Backward pass of a unit, recomputation first where there is any."""
     meter = _Meter()
     tensors, nodes = graph.tensors, graph.nodes
@@ -132,7 +130,7 @@ def _backward(graph: Graph, kept: set[Ref], recompute: Recompute) -> PassMemory:
     return meter.memory()
 
 
-def _replay(graph: Graph, saved: set[Ref], recompute: Recompute, stop: int) -> _Meter:
+def _replay(graph: Tape, saved: set[Ref], recompute: Recompute, stop: int) -> _Meter:
     """The checkpointed forward again, up to its last saved tensor; then only saved tensors remain.
 
     Cached outputs are handed out as they are reached and die like any other; one that is never reached stays in the
@@ -142,21 +140,22 @@ def _replay(graph: Graph, saved: set[Ref], recompute: Recompute, stop: int) -> _
     forward.play(stop)
     meter = forward.meter
     for node in graph.nodes[:stop]:
-        for ref in (node.output, *node.aux):
+        for ref in (*node.outputs, *node.aux):
             if ref not in saved and graph.tensors[ref].last_use >= stop and not (forward.from_cache and node.cached):
                 meter.add(forward.category(ref), -graph.tensors[ref].n_bytes)
     return meter
 
 
-def _play_backward(graph: Graph, saved: Counter[Ref], meter: _Meter) -> None:
+def _play_backward(graph: Tape, saved: Counter[Ref], meter: _Meter) -> None:
     """Nodes in reverse. ``saved`` counts the nodes that hold a storage."""
     tensors = graph.tensors
     grad_of: dict[Ref, int] = {graph.output: 0}
     grad_bytes: list[tuple[int, str]] = [_grad(graph, graph.output)]
     grad_refs = [1]
 
-    def new_grad(ref: Ref) -> int:
-        grad_bytes.append(_grad(graph, ref))
+    def new_grad(ref: Ref, category: str = "") -> int:
+        n_bytes, usual = _grad(graph, ref)
+        grad_bytes.append((n_bytes, category or usual))
         grad_refs.append(0)
         meter.add(grad_bytes[-1][1], grad_bytes[-1][0])
         return len(grad_bytes) - 1
@@ -166,25 +165,38 @@ def _play_backward(graph: Graph, saved: Counter[Ref], meter: _Meter) -> None:
         if grad_refs[grad] == 0:
             meter.add(grad_bytes[grad][1], -grad_bytes[grad][0])
 
-    for node in reversed(graph.nodes):
-        incoming = grad_of.pop(node.output)
-        outgoing = []
-        for ref in node.inputs:
-            if tensors[ref].n_grad_bytes:
-                same = node.passes_grad and tensors[ref].n_grad_bytes == grad_bytes[incoming][0]
-                outgoing.append((ref, incoming if same else new_grad(ref)))
-        for _, grad in outgoing:
-            grad_refs[grad] += 1
-        meter.look(node.backward_temp_bytes + node.param_grad_bytes + node.pending_grad_bytes)
-        meter.add(_TEMPORARIES, node.pending_grad_bytes)
+    def drop_saved(node: Node) -> None:
         for ref in (*node.saves, *node.aux):
             saved[ref] -= 1
             if saved[ref] == 0:
                 meter.add(tensors[ref].category, -tensors[ref].n_bytes)
-        drop_grad(incoming)
-        if node.settled_grad_bytes:
-            meter.look(2 * node.settled_grad_bytes)
-            meter.add(_TEMPORARIES, -node.settled_grad_bytes)
+
+    for node in reversed(graph.nodes):
+        incoming = [grad_of.pop(ref) for ref in node.outputs]
+        if node.kept_grads:
+            drop_saved(node)
+        outgoing: list[tuple[Ref, int]] = []
+        for ref in node.inputs:
+            if not tensors[ref].n_grad_bytes:
+                continue
+            if node.passes_grad and tensors[ref].n_grad_bytes == grad_bytes[incoming[0]][0]:
+                grad = incoming[0]
+            else:
+                grad = outgoing[0][1] if node.one_grad and outgoing else new_grad(ref, node.kept_grads)
+            outgoing.append((ref, grad))
+        for _, grad in outgoing:
+            grad_refs[grad] += 1
+        category = node.kept_grads or TEMPORARIES
+        meter.look(node.backward_temp_bytes + node.param_grad_bytes + node.pending_grad_bytes, category)
+        meter.add(node.pending_category, node.pending_grad_bytes)
+        if not node.kept_grads:
+            drop_saved(node)
+        for grad in incoming:
+            drop_grad(grad)
+        if node.settled_grad_bytes:  # the sum of both counts as what waited does
+            meter.add(node.pending_category, node.settled_grad_bytes)
+            meter.look(node.settled_grad_bytes)
+            meter.add(node.pending_category, -2 * node.settled_grad_bytes)
         for ref, grad in outgoing:
             if ref not in grad_of:
                 grad_of[ref] = grad
@@ -197,7 +209,7 @@ def _play_backward(graph: Graph, saved: Counter[Ref], meter: _Meter) -> None:
             grad_of[ref] = total
 
 
-def _grad(graph: Graph, ref: Ref) -> tuple[int, str]:
+def _grad(graph: Tape, ref: Ref) -> tuple[int, str]:
     """Bytes and category of a tensor's gradient."""
     tensor = graph.tensors[ref]
-    return tensor.n_grad_bytes, "logits_loss" if tensor.category == "logits_loss" else _TEMPORARIES
+    return tensor.n_grad_bytes, "logits_loss" if tensor.category == "logits_loss" else TEMPORARIES

@@ -34,12 +34,13 @@ def fused_step(optimizer: Optimizer, numel: int) -> Op:
     return Op("fused_step", "optimizer", False, "fp32", 12 * numel, n_bytes)
 
 
-def around_step(dtype: str, numel: int) -> tuple[Op, ...]:
-    """The passes of this runtime before and after the fused step: low-precision gradients are widened, all are scaled,
-    low-precision parameters are written back."""
-    if dtype == "fp32":
-        return (scale("fp32", numel),)
-    return cast(dtype, "fp32", numel), scale("fp32", numel), cast("fp32", dtype, numel)
+def around_step(dtype: str, numel: int, grad_dtype: str = "") -> tuple[Op, ...]:
+    """The passes of this runtime before and after the fused step: low-precision gradients (of ``grad_dtype``; empty:
+    ``dtype``) are widened, all are scaled, low-precision parameters are written back."""
+    grad_dtype = grad_dtype or dtype
+    widen = () if grad_dtype == "fp32" else (cast(grad_dtype, "fp32", numel),)
+    write_back = () if dtype == "fp32" else (cast("fp32", dtype, numel),)
+    return *widen, scale("fp32", numel), *write_back
 
 
 def dropout_add(dtype: str, numel: int) -> Op:

@@ -1,6 +1,7 @@
 """Activations: ``activation(x + bias)`` and ``activation(gate) * up``, forward and backward in one pass each.
 
-Kept for the backward pass: the inputs (and the bias); the activation is computed again.
+Kept for the backward pass: the inputs (and the bias); the activation is computed again. The kernels compute in fp32 and round
+once, plain torch rounds each operation to the inputs' dtype.
 """
 
 from __future__ import annotations
@@ -15,33 +16,37 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from estimator.errors import require_choice
-from estimator.ops.operator import Op
+from estimator.ops.kernels.activation import slabs
 from runtime.kernels import loader
 from runtime.kernels.columns import sum_columns
-from runtime.kernels.loader import Kernel, ceil_div, chip, kernel, launch, type_name, widened
+from runtime.kernels.loader import Kernel, ceil_div, chip, kernel, launch, type_name
 
 
 class _Activation(NamedTuple):
     code: int
     """``ACT`` in ``activation.cuh``."""
     reference: Callable[[Tensor], Tensor]
-    flops: tuple[int, int]
-    """Operations per element, value and slope; a transcendental function or a division counts as one."""
+    slope: Callable[[Tensor, Tensor], Tensor]
+    """Gradient of ``x`` from that of the value and ``x``."""
 
+
+_aten = torch.ops.aten
 
 ACTIVATIONS = {
-    "silu": _Activation(0, F.silu, (5, 9)),
-    "gelu": _Activation(1, F.gelu, (4, 10)),
-    "gelu_tanh": _Activation(2, lambda x: F.gelu(x, approximate="tanh"), (9, 15)),
-    "relu": _Activation(3, F.relu, (1, 1)),
-    "relu_squared": _Activation(4, lambda x: F.relu(x).square(), (2, 2)),
+    "silu": _Activation(0, F.silu, _aten.silu_backward),
+    "gelu": _Activation(1, F.gelu, _aten.gelu_backward),
+    "gelu_tanh": _Activation(
+        2, lambda x: F.gelu(x, approximate="tanh"), lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh")
+    ),
+    "relu": _Activation(3, F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
+    "relu_squared": _Activation(4, lambda x: F.relu(x).square(), lambda grad, x: F.relu(x).mul_(grad).mul_(2)),
 }
 
 
 def activate(x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
     """``activation(x + bias)``. ``x`` ``[..., F]`` fp32, bf16 or fp16; ``bias`` ``[F]`` of the same dtype or ``None``.
 
-    Computed in fp32 and rounded once. Raises ``InputError`` for an unknown ``name``.
+    Raises ``InputError`` for an unknown ``name``.
     """
     require_choice("activation", name, ACTIVATIONS)
     if not loader.uses_kernel("activation", x):
@@ -51,14 +56,13 @@ def activate(x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
 
 def activate_reference(x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
     """``activate`` in plain torch."""
-    shifted = widened(x) if bias is None else widened(x) + widened(bias)
-    return ACTIVATIONS[name].reference(shifted).to(x.dtype)
+    return ACTIVATIONS[name].reference(x if bias is None else x + bias)
 
 
 def gated_activate(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """``activation(gate) * up`` (Shazeer 2020: SwiGLU, GeGLU, ReGLU); both ``[..., F]`` of one dtype.
 
-    Computed in fp32 and rounded once. Raises ``InputError`` for an unknown ``name``.
+    Raises ``InputError`` for an unknown ``name``.
     """
     require_choice("activation", name, ACTIVATIONS)
     if not loader.uses_kernel("gated_activation", gate):
@@ -68,26 +72,25 @@ def gated_activate(gate: Tensor, up: Tensor, name: str) -> Tensor:
 
 def gated_activate_reference(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """``gated_activate`` in plain torch."""
-    return (ACTIVATIONS[name].reference(widened(gate)) * widened(up)).to(gate.dtype)
+    return _GatedReference.apply(gate, up, name)
 
 
-def cost(name: str, numel: int, dtype: str, itemsize: int, *, gated: bool, bias: int = 0) -> tuple[Op, Op]:
-    """Forward and backward of one call on ``numel`` elements, with a ``bias`` of that many elements (0: none)."""
-    value, slope = ACTIVATIONS[name].flops
-    n_bytes = numel * itemsize
-    if gated:
-        return (
-            Op("gated_activation", "elementwise", False, dtype, (value + 1) * numel, 3 * n_bytes),
-            Op("gated_activation_backward", "elementwise", True, dtype, (slope + 3) * numel, 5 * n_bytes),
-        )
-    extra = 1 if bias else 0
-    return (
-        Op("activation", "elementwise", False, dtype, (value + extra) * numel, 2 * n_bytes + bias * itemsize),
-        Op(
-            "activation_backward", "elementwise", True, dtype, (slope + 1 + 2 * extra) * numel,
-            3 * n_bytes + 2 * bias * itemsize, launches=1 + extra,
-        ),
-    )  # fmt: skip
+class _GatedReference(torch.autograd.Function):
+    """Eager operators would keep the activation and ``up``'s product too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.name = name
+        return ACTIVATIONS[name].reference(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        activation = ACTIVATIONS[ctx.name]
+        grad_up = activation.reference(gate).mul_(grads[0])
+        return activation.slope(grads[0] * up, gate), grad_up, None
 
 
 # ---- launchers --------------------------------------------------------------------------------------------------------
@@ -150,30 +153,6 @@ class _Gated(torch.autograd.Function):
         return grad_gate, grad_up, None
 
 
-class _Slabs(NamedTuple):
-    """How the threads of a biased kernel lie over ``[rows, width]``."""
-
-    threads: int
-    column_threads: int
-    grid: tuple[int, int]
-
-    @property
-    def n_partial(self) -> int:
-        """Rows of the partial bias gradient."""
-        return self.grid[1] * (self.threads // self.column_threads)
-
-
-def _slabs(rows: int, width: int, pack: int, device: torch.device) -> _Slabs:
-    here = chip(device)
-    threads = here.tile.threads
-    packs = ceil_div(width, pack)
-    column_threads = min(threads, 1 << max(0, packs - 1).bit_length())
-    columns = ceil_div(packs, column_threads)
-    most = ceil_div(rows, threads // column_threads * here.tile.unroll)
-    wanted = ceil_div(here.persistent_blocks(threads), columns)
-    return _Slabs(threads, column_threads, (columns, max(1, min(most, wanted, 65535))))
-
-
 @functools.cache
 def _biased_kernel(
     function: str, activation: str, dtype: torch.dtype, pack: int, column_threads: int, device: torch.device
@@ -195,9 +174,9 @@ class _Biased(torch.autograd.Function):
         width = bias.numel()
         rows = x.numel() // max(1, width)
         pack = loader.pack_width(x, bias, y, row=width)
-        slabs = _slabs(rows, width, pack, x.device)
-        compiled = _biased_kernel("biased_forward", name, x.dtype, pack, slabs.column_threads, x.device)
-        launch(compiled, slabs.grid, slabs.threads, x, bias, y, rows, width)
+        here = slabs(rows, width, pack, chip(x.device))
+        compiled = _biased_kernel("biased_forward", name, x.dtype, pack, here.column_threads, x.device)
+        launch(compiled, here.grid, here.threads, x, bias, y, rows, width)
         return y
 
     @staticmethod
@@ -209,10 +188,10 @@ class _Biased(torch.autograd.Function):
         width = bias.numel()
         rows = x.numel() // max(1, width)
         pack = loader.pack_width(x, bias, grad_y, grad_x, row=width)
-        slabs = _slabs(rows, width, pack, x.device)
-        partial = torch.empty(slabs.n_partial, width, dtype=torch.float32, device=x.device)
-        compiled = _biased_kernel("biased_backward", ctx.name, x.dtype, pack, slabs.column_threads, x.device)
-        launch(compiled, slabs.grid, slabs.threads, grad_y, x, bias, grad_x, partial, rows, width)
+        here = slabs(rows, width, pack, chip(x.device))
+        partial = torch.empty(here.n_partial, width, dtype=torch.float32, device=x.device)
+        compiled = _biased_kernel("biased_backward", ctx.name, x.dtype, pack, here.column_threads, x.device)
+        launch(compiled, here.grid, here.threads, grad_y, x, bias, grad_x, partial, rows, width)
         return grad_x, sum_columns(partial, bias.dtype), None
 
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from estimator.errors import invalid, require_int
-from estimator.ops.operator import Op
 from runtime.kernels import loader
 from runtime.kernels.loader import Kernel, ceil_div, chip, kernel, launch, type_name
 
@@ -41,22 +40,29 @@ class AdaCompMessage(NamedTuple):
 
 
 def adacomp_pack(
-    grad: Tensor, residual: Tensor, bin: int, capacity: int | None = None, boost: float = 2.0
-) -> AdaCompMessage:
+    grad: Tensor, residual: Tensor, bin: int, capacity: int | None = None, boost: float = 2.0,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> AdaCompMessage:  # fmt: skip
     """Chooses what to send of ``residual + grad`` and leaves the rest in ``residual``.
 
     ``grad`` any shape (fp32, bf16, fp16); ``residual`` fp32, contiguous, of its size, changed in place. An element is sent
     when ``|residual + boost * grad|`` reaches the largest ``|residual + grad|`` of its ``bin`` neighbours (the paper: 50 for
     convolutions, 500 for other layers; boost 2). At most ``capacity`` elements (default: all could be). Where the gradient
-    is not finite the residual stays as it was. Raises ``InputError`` for sizes that do not fit.
+    is not finite the residual stays as it was. ``into``: entries, counts and scale to write, contiguous; else they are made.
+    Raises ``InputError`` for sizes that do not fit.
     """
     if not 1 <= require_int("bin", bin) <= MAX_BIN:
         raise invalid("bin", bin, f"1 to {MAX_BIN}")
     if residual.numel() != grad.numel() or residual.dtype != torch.float32 or not residual.is_contiguous():
         raise invalid("residual", (tuple(residual.shape), residual.dtype), f"{grad.numel()} fp32, contiguous")
     room = grad.numel() if capacity is None else require_int("capacity", capacity, minimum=0)
-    work = _pack if loader.uses_kernel("adacomp", grad) else adacomp_pack_reference
-    return work(grad, residual, bin, room, boost)
+    if loader.uses_kernel("adacomp", grad):
+        return _pack(grad, residual, bin, room, boost, into)
+    made = adacomp_pack_reference(grad, residual, bin, room, boost)
+    if into is None:
+        return made
+    entries, counts, scale = (to.copy_(x) for x, to in zip(made[:3], into, strict=True))
+    return AdaCompMessage(entries, counts, scale, made.numel, made.bin)
 
 
 def adacomp_pack_reference(
@@ -105,18 +111,6 @@ def adacomp_add_reference(message: AdaCompMessage, out: Tensor) -> Tensor:
     return out
 
 
-def cost(numel: int, bin: int, dtype: str, itemsize: int, n_sent: int) -> tuple[Op, Op]:
-    """``adacomp_pack`` and ``adacomp_add`` when ``n_sent`` elements are. The second look of the selection is from cache;
-    prefix sums and the mean over bins are plain torch (one launch each, and their 20 bytes per bin counted)."""
-    bins, both = ceil_div(numel, bin), numel * (itemsize + 4)
-    pack_bytes = both + 8 * bins + (4 + 8 + 4) * bins + 4 + both + 16 * bins + 4 + numel * 4 + 2 * n_sent
-    add_bytes = (4 + 8) * bins + 2 * n_sent + 12 * bins + 4 + 8 * n_sent
-    return (
-        Op("adacomp_pack", "elementwise", False, dtype, 8 * numel, pack_bytes, launches=4),
-        Op("adacomp_add", "elementwise", False, "fp32", n_sent, add_bytes, launches=2),
-    )
-
-
 def _padded(flat: Tensor, bin: int) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % bin)).view(-1, bin)
 
@@ -142,15 +136,22 @@ def _launch(function: str, dtype: torch.dtype, pack: int, n_bins: int, *argument
 
 
 @loader.outside_compile
-def _pack(grad: Tensor, residual: Tensor, bin: int, capacity: int, boost: float) -> AdaCompMessage:
+def _pack(
+    grad: Tensor, residual: Tensor, bin: int, capacity: int, boost: float,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> AdaCompMessage:  # fmt: skip
     grad = grad.detach().contiguous()
     n, n_bins, device = grad.numel(), ceil_div(grad.numel(), bin), grad.device
     tops = torch.empty(n_bins, dtype=torch.float32, device=device)
-    counts = torch.empty(n_bins, dtype=torch.int32, device=device)
-    entries = torch.empty(capacity, dtype=torch.int16, device=device)
+    entries, counts, room = into or (
+        torch.empty(capacity, dtype=torch.int16, device=device),
+        torch.empty(n_bins, dtype=torch.int32, device=device),
+        None,
+    )
     pack = loader.pack_width(grad, residual, row=bin)
     _launch("adacomp_select", grad.dtype, pack, n_bins, grad, residual, tops, counts, n, bin, float(boost))
     ends, scale = counts.cumsum(0), _scale(tops)
+    scale = scale if room is None else room.copy_(scale)
     _launch(
         "adacomp_pack", grad.dtype, pack, n_bins, grad, residual, tops, counts, ends, scale, entries, n, bin, capacity,
         float(boost),

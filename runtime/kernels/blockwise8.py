@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from estimator.errors import invalid
+from estimator.ops.kernels.optimizer import STATE_BLOCK as BLOCK
+from runtime.context import managed_memory
 from runtime.kernels.loader import ceil_div
 
-BLOCK = 256
 _SMALLEST_NORMAL = 2.0**-126
 
 
@@ -103,8 +104,9 @@ def _map(signed: bool) -> _Map:
 @functools.cache
 def device_maps(device: torch.device) -> Tensor:
     """Both maps as the kernels read them: fp32 ``[2, 64]`` on ``device``."""
-    rows = [torch.cat((m.encoding.flatten(), m.decoding.flatten(), m.threshold, torch.zeros(1))) for m in _maps()]
-    return torch.stack(rows).to(device)
+    with managed_memory():  # kept as long as the process
+        rows = [torch.cat((m.encoding.flatten(), m.decoding.flatten(), m.threshold, torch.zeros(1))) for m in _maps()]
+        return torch.stack(rows).to(device)
 
 
 def check8(x: Blockwise8, name: str) -> None:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from estimator.errors import invalid
-from estimator.ops.operator import Op
+from estimator.ops.kernels.bucket import chunk_elements
+from estimator.ops.kernels.chip import Tile
 from runtime.kernels import loader
 from runtime.kernels.loader import Kernel, chip, kernel, launch, type_name, widened
-from runtime.kernels.tables import Lists, check_lists, rounded_chunk, table_of
-
-_CHUNK = 8192
+from runtime.kernels.tables import Lists, check_lists, table_of
 
 
 def flatten(tensors: Sequence[Tensor], bucket: Tensor, factor: Tensor | None = None) -> None:
@@ -78,13 +77,6 @@ def bucket_views(bucket: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(bucket.detach()[: sum(sizes)].split(sizes)) if sizes else []
 
 
-def cost(numel: int, source: tuple[str, int], target: tuple[str, int], *, scaled: bool) -> Op:
-    """One copy of ``numel`` elements between two dtypes, each given as name and bytes; tables are left out."""
-    narrow = min(source, target, key=lambda dtype: dtype[1])[0]
-    n_bytes = numel * (source[1] + target[1]) + (4 if scaled else 0)
-    return Op("bucket_copy", "elementwise", False, narrow, numel if scaled else 0, n_bytes)
-
-
 def _check_factor(factor: Tensor | None) -> None:
     if factor is not None and (factor.dtype != torch.float32 or factor.numel() != 1):
         raise invalid("factor", f"{factor.dtype} of {factor.numel()} elements", "fp32 of one element")
@@ -103,21 +95,20 @@ def _copy_in_torch(sources: Sequence[Tensor], targets: Sequence[Tensor], factor:
 class _Shape:
     """How a block goes over its elements."""
 
-    def __init__(self, types: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
-        tile = chip(device).tile
-        self.pack = 16 // max(dtype.itemsize for dtype in types)
+    def __init__(self, types: tuple[torch.dtype, torch.dtype], tile: Tile) -> None:
+        widest = max(dtype.itemsize for dtype in types)
+        self.pack, self.chunk = 16 // widest, chunk_elements(tile, widest)
         self.threads, self.unroll = tile.threads, tile.unroll
-        self.chunk = rounded_chunk(_CHUNK, self.threads * self.pack * self.unroll)
 
 
 @functools.cache
-def _shape(types: tuple[torch.dtype, torch.dtype], device: torch.device) -> _Shape:
-    return _Shape(types, device)
+def _shape(types: tuple[torch.dtype, torch.dtype], tile: Tile) -> _Shape:
+    return _Shape(types, tile)
 
 
 @functools.cache
-def _kernel(types: tuple[torch.dtype, torch.dtype], device: torch.device) -> Kernel:
-    shape = _shape(types, device)
+def _kernel(types: tuple[torch.dtype, torch.dtype], tile: Tile) -> Kernel:
+    shape = _shape(types, tile)
     return kernel(
         "bucket", "bucket_copy", X_TYPE=type_name(types[0]), Y_TYPE=type_name(types[1]), LISTS=2, PACK=shape.pack,
         THREADS=shape.threads, UNROLL=shape.unroll, CHUNK=shape.chunk,
@@ -125,10 +116,10 @@ def _kernel(types: tuple[torch.dtype, torch.dtype], device: torch.device) -> Ker
 
 
 def _launch(lists: Lists, factor: Tensor | None) -> None:
-    device, types = lists["sources"][0].device, (lists["sources"][0].dtype, lists["targets"][0].dtype)
-    shape = _shape(types, device)
+    tile, types = chip(lists["sources"][0].device).tile, (lists["sources"][0].dtype, lists["targets"][0].dtype)
+    shape = _shape(types, tile)
     table = table_of(lists, chunk=shape.chunk, pack=shape.pack)
-    launch(_kernel(types, device), table.n_chunks, shape.threads, table.values, table.n_chunks, factor)
+    launch(_kernel(types, tile), table.n_chunks, shape.threads, table.values, table.n_chunks, factor)
 
 
 _copy = loader.outside_compile(_launch)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from estimator.errors import invalid, require_choice
-from estimator.ops.operator import Op
 from runtime.kernels import loader
 from runtime.kernels.loader import Kernel, ceil_div, kernel, launch, type_name, widened
 
@@ -77,15 +76,17 @@ def cross_entropy_reference(
 ) -> Tensor:
     """``cross_entropy`` in plain torch (a label outside the vocabulary raises torch's ``IndexError``)."""
     rows, flat = widened(logits).reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    losses = F.cross_entropy(
-        rows, flat, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing, reduction="none"
-    )
-    counted = flat != options.ignore_index
+    loss = F.cross_entropy(
+        rows, flat, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing,
+        reduction=options.reduction,
+    )  # fmt: skip
     if options.z_loss:
-        losses = losses + options.z_loss * torch.where(counted, rows.logsumexp(-1), 0).square()
-    if options.reduction == "none":
-        return losses.view(labels.shape)
-    return losses.sum() / counted.sum() if options.reduction == "mean" else losses.sum()
+        counted = flat != options.ignore_index
+        squares = options.z_loss * torch.where(counted, rows.logsumexp(-1), 0).square()
+        if options.reduction != "none":
+            squares = squares.sum() / (counted.sum() if options.reduction == "mean" else 1)
+        loss = loss + squares
+    return loss.view(labels.shape) if options.reduction == "none" else loss
 
 
 class VocabShard(NamedTuple):
@@ -120,37 +121,6 @@ def vocab_parallel_cross_entropy_reference(
 ) -> Tensor:
     """``vocab_parallel_cross_entropy`` in plain torch."""
     return _VocabParallelReference.apply(logits, labels, shard, options)
-
-
-def cost(
-    n_rows: int, vocab_size: int, dtype: str, itemsize: int, *, reduction: str = "mean", early_gradient: bool = False
-) -> tuple[Op, Op]:
-    """Forward and backward of one ``cross_entropy`` call that ignores no row; ``early_gradient`` with a gradient of 1 and
-    not in fp16 (the second read of a row is from cache)."""
-    n, size = n_rows * vocab_size, n_rows * vocab_size * itemsize
-    mean, summed = reduction == "mean", reduction != "none"
-    over_rows = mean * (8 * n_rows + 8) + summed * (4 * n_rows + 4 + 4 * mean)
-    launches = 1 + mean + summed
-    if early_gradient:
-        return (
-            Op(
-                "cross_entropy",
-                "loss",
-                False,
-                dtype,
-                8 * n,
-                2 * size + 12 * n_rows + over_rows + 4 * mean,
-                launches=launches,
-            ),
-            Op("cross_entropy_backward", "loss", True, dtype, 0, 4),
-        )
-    return (
-        Op("cross_entropy", "loss", False, dtype, 4 * n, size + 20 * n_rows + over_rows, launches=launches),
-        Op(
-            "cross_entropy_backward", "loss", True, dtype, 4 * n,
-            2 * size + 16 * n_rows + (4 if summed else 4 * n_rows) + 4 * mean,
-        ),
-    )  # fmt: skip
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from estimator.ops.operator import Op
 from runtime.kernels import loader
 from runtime.kernels.loader import Kernel, ceil_div, chip, kernel, launch, type_name, widened
 from runtime.kernels.philox import Dropout, draw_seed, dropout_of, factors
@@ -36,21 +35,12 @@ def dropout_residual_reference(x: Tensor, residual: Tensor, probability: float, 
 
 
 def dropped_sum(x: Tensor, residual: Tensor, dropout: Dropout, seed: Tensor | None) -> Tensor:
-    """``residual + dropout(x)`` in plain torch, rounded once."""
-    branch = widened(x)
-    if dropout.threshold:
-        factor = factors(x.numel(), dropout, draw_seed(x.device) if seed is None else seed).view(x.shape)
-        branch = torch.where(factor != 0, branch * factor, 0)
+    """``residual + dropout(x)`` in plain torch, rounded once: one addition where nothing is dropped."""
+    if not dropout.threshold:
+        return residual + x
+    factor = factors(x.numel(), dropout, draw_seed(x.device) if seed is None else seed).view(x.shape)
+    branch = torch.where(factor != 0, widened(x) * factor, 0)
     return (widened(residual) + branch).to(x.dtype)
-
-
-def cost(numel: int, dtype: str, itemsize: int) -> tuple[Op, Op]:
-    """Forward and backward of one call on ``numel`` elements."""
-    n_bytes = numel * itemsize
-    return (
-        Op("dropout_residual", "elementwise", False, dtype, 2 * numel, 3 * n_bytes + 8),
-        Op("dropout_residual_backward", "elementwise", True, dtype, numel, 2 * n_bytes + 8),
-    )
 
 
 # ---- launchers --------------------------------------------------------------------------------------------------------

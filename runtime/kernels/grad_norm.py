@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from estimator.errors import invalid
-from estimator.ops.operator import Op
+from estimator.ops.kernels.chip import Tile
+from estimator.ops.kernels.grad_norm import UNROLL, chunk_elements
 from runtime.kernels import loader
 from runtime.kernels.loader import Kernel, chip, kernel, launch, type_name, widened
-from runtime.kernels.tables import check_lists, rounded_chunk, table_of
+from runtime.kernels.tables import check_lists, table_of
 
-_CHUNK = 16_384
-_UNROLL = 4
 _SUM_THREADS = 1024
 
 
@@ -59,21 +58,15 @@ def gradient_factor(squares: Tensor, inverse: float | Tensor, max_norm: float = 
     return ((max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)) * inverse
 
 
-def cost(numel: int, dtype: str, itemsize: int) -> Op:
-    """One call on ``numel`` elements; tables and partial sums (24 bytes for 16,384 elements) are left out."""
-    return Op("grad_norm", "elementwise", False, dtype, 3 * numel, numel * itemsize, launches=2)
-
-
 # ---- launcher ---------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _compiled(dtype: torch.dtype, threads: int) -> tuple[Kernel, Kernel, int]:
+def _compiled(dtype: torch.dtype, tile: Tile) -> tuple[Kernel, Kernel, int]:
     """The kernel of chunks, the kernel of their sum, elements of a chunk."""
-    pack = 16 // dtype.itemsize
-    chunk = rounded_chunk(_CHUNK, threads * pack * _UNROLL)
+    pack, chunk = 16 // dtype.itemsize, chunk_elements(tile, dtype.itemsize)
     chunks = kernel(
-        "grad_norm", "chunk_squares", X_TYPE=type_name(dtype), LISTS=1, PACK=pack, THREADS=threads, UNROLL=_UNROLL,
+        "grad_norm", "chunk_squares", X_TYPE=type_name(dtype), LISTS=1, PACK=pack, THREADS=tile.threads, UNROLL=UNROLL,
         CHUNK=chunk,
     )  # fmt: skip
     total = kernel(
@@ -84,12 +77,12 @@ def _compiled(dtype: torch.dtype, threads: int) -> tuple[Kernel, Kernel, int]:
 
 def _launch(tensors: Sequence[Tensor]) -> Tensor:
     device, dtype = tensors[0].device, tensors[0].dtype
-    threads = chip(device).tile.threads
-    chunks, total, chunk = _compiled(dtype, threads)
+    tile = chip(device).tile
+    chunks, total, chunk = _compiled(dtype, tile)
     table = table_of({"tensors": tensors}, chunk=chunk, pack=16 // dtype.itemsize)
     partial = torch.empty(table.n_chunks, 2, dtype=torch.float32, device=device)
     out = torch.empty(2, dtype=torch.float32, device=device)
-    launch(chunks, table.n_chunks, threads, table.values, table.n_chunks, partial)
+    launch(chunks, table.n_chunks, tile.threads, table.values, table.n_chunks, partial)
     launch(total, 1, _SUM_THREADS, partial, table.n_chunks, out)
     return out
 

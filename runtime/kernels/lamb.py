@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from estimator.errors import invalid
+from estimator.ops.kernels.chip import Tile
+from estimator.ops.kernels.optimizer import PACK, RULES, UNROLL, chunk_elements
 from runtime.kernels import loader
 from runtime.kernels.loader import Kernel, chip, kernel, launch, type_name
 from runtime.kernels.optimizer import (
     ANY,
-    PACK,
-    UNROLL,
     WIDE,
     check_dtypes,
     check_fp32,
-    chunk_of,
     factored,
     step_arguments,
     write_unless_skipped,
@@ -93,8 +92,8 @@ def _lists(
     params: Sequence[Tensor], states: Sequence[Sequence[Tensor]], grads: Sequence[Tensor] | None,
     copies: Sequence[Tensor] | None,
 ) -> Lists:  # fmt: skip
-    if len(states) != Lamb.n_states:
-        raise invalid("number of states of lamb", len(states), str(Lamb.n_states))
+    if len(states) != RULES["lamb"].n_states:
+        raise invalid("number of states of lamb", len(states), str(RULES["lamb"].n_states))
     lists = {"parameters": params, "first moments": states[0], "second moments": states[1]}
     for name, tensors in (("gradients", grads), ("copies", copies)):
         if tensors is not None:
@@ -135,40 +134,38 @@ def _apply_in_torch(
 
 
 @functools.cache
-def _kernel(
-    function: str, *, grad: torch.dtype, copy: torch.dtype | None, n_lists: int, device: torch.device
-) -> Kernel:
+def _kernel(function: str, *, grad: torch.dtype, copy: torch.dtype | None, n_lists: int, tile: Tile) -> Kernel:
     return kernel(
         "lamb", function, RULE="LAMB", GRAD_TYPE=type_name(grad), COPY=int(copy is not None),
         COPY_TYPE="f32" if copy is None else type_name(copy), LISTS=n_lists, PACK=PACK, UNROLL=UNROLL,
-        THREADS=chip(device).tile.threads, CHUNK=chunk_of(device),
+        THREADS=tile.threads, CHUNK=chunk_elements(tile),
     )  # fmt: skip
 
 
 def _launch_moments(rule: Lamb, lists: Lists, control: Control) -> Tensor:
     device = lists["parameters"][0].device
-    threads = chip(device).tile.threads
-    table = table_of(lists, chunk=chunk_of(device), pack=PACK)
+    tile = chip(device).tile
+    table = table_of(lists, chunk=chunk_elements(tile), pack=PACK)
     partial = torch.empty(table.n_chunks, 2, dtype=torch.float32, device=device)
     norms = torch.empty(table.n_tensors, 2, dtype=torch.float32, device=device)
     grad = lists["gradients"][0].dtype
     first, second = (
-        _kernel(function, grad=grad, copy=None, n_lists=len(lists), device=device)
+        _kernel(function, grad=grad, copy=None, n_lists=len(lists), tile=tile)
         for function in ("lamb_moments", "lamb_norms")
     )
     arguments = step_arguments(rule, control)
-    launch(first, table.n_chunks, threads, table.values, table.n_chunks, partial, *arguments)
-    launch(second, table.n_tensors, threads, table.values, table.n_chunks, partial, norms, table.n_tensors)
+    launch(first, table.n_chunks, tile.threads, table.values, table.n_chunks, partial, *arguments)
+    launch(second, table.n_tensors, tile.threads, table.values, table.n_chunks, partial, norms, table.n_tensors)
     return norms
 
 
 def _launch_apply(rule: Lamb, lists: Lists, norms: Tensor, control: Control) -> None:
-    device = lists["parameters"][0].device
-    table = table_of(lists, chunk=chunk_of(device), pack=PACK)
+    tile = chip(lists["parameters"][0].device).tile
+    table = table_of(lists, chunk=chunk_elements(tile), pack=PACK)
     copy = lists["copies"][0].dtype if "copies" in lists else None
-    compiled = _kernel("lamb_apply", grad=torch.float32, copy=copy, n_lists=len(lists), device=device)
-    threads, arguments = chip(device).tile.threads, step_arguments(rule, control)
-    launch(compiled, table.n_chunks, threads, table.values, table.n_chunks, norms, *arguments)
+    compiled = _kernel("lamb_apply", grad=torch.float32, copy=copy, n_lists=len(lists), tile=tile)
+    arguments = step_arguments(rule, control)
+    launch(compiled, table.n_chunks, tile.threads, table.values, table.n_chunks, norms, *arguments)
 
 
 _moments = loader.outside_compile(_launch_moments)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from estimator.errors import InputError, invalid
+from estimator.ops.kernels.chip import H200, Chip, tile_of
+from estimator.ops.kernels.chip import ceil_div as ceil_div
 from runtime.kernels.registry import enabled
 
 FOLDER = Path(__file__).parent
@@ -87,15 +89,18 @@ def widened(x: Tensor) -> Tensor:
 _cpu_launcher: Launcher | None = None
 
 
+def device_has_kernels(device: torch.device) -> bool:
+    """Whether kernels (those that are switched on) do the work on ``device``: GPUs and what stands for one."""
+    return device.type in ("cuda", "meta") or _cpu_launcher is not None
+
+
 def uses_kernel(name: str, x: Tensor) -> bool:
     """Whether kernel ``name`` does the work on ``x``; its plain-torch reference does otherwise.
 
     On GPUs it does unless it is switched off; on CPUs never. ``meta`` tensors stand for a GPU: launchers then allocate
     what they would allocate there, and launch nothing. Raises ``InputError`` for a dtype that no kernel takes.
     """
-    if x.device.type not in ("cuda", "meta") and _cpu_launcher is None:
-        return False
-    if not enabled(name):
+    if not device_has_kernels(x.device) or not enabled(name):
         return False
     if x.dtype not in ELEMENT:
         raise invalid(f"dtype of the input of {name}", x.dtype, ", ".join(map(str, ELEMENT)))
@@ -131,6 +136,16 @@ def outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
 # ---- launching --------------------------------------------------------------------------------------------------------
 
 
+_n_launched = 0
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[], int]]:
+    """Yields a function that says how many kernels this process has launched since, on a GPU or in place of one."""
+    before = _n_launched
+    yield lambda: _n_launched - before
+
+
 def launch(
     kernel: Kernel, grid: int | tuple[int, int], block: int, *arguments: Argument, shared_bytes: int = 0
 ) -> None:
@@ -143,6 +158,8 @@ def launch(
     first = next(a for a in arguments if isinstance(a, Tensor))
     if first.is_meta or x * y == 0:
         return
+    global _n_launched
+    _n_launched += 1
     if first.is_cuda:
         _launch_on_gpu(kernel, (x, y), block, arguments, shared_bytes, first.device)
         return
@@ -210,52 +227,30 @@ def cupy() -> Any:
 # ---- the chip and the shapes of launches --------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
-    """Sizes that depend on the chip. None of them has been measured yet."""
-
-    threads: int
-    """Threads of a block of an elementwise kernel."""
-    unroll: int
-    """Packs that one thread of an elementwise kernel loads before it computes."""
-    row_elements: int
-    """Most elements of a row that one thread holds (forward pass of a norm)."""
-    row_elements_backward: int
-    resident_threads: int
-    """Threads of a persistent grid on each multiprocessor."""
+_meta_chip = H200
 
 
-_TILES = {
-    70: Tile(threads=256, unroll=2, row_elements=16, row_elements_backward=16, resident_threads=1024),
-    80: Tile(threads=256, unroll=2, row_elements=32, row_elements_backward=16, resident_threads=1024),
-    90: Tile(threads=256, unroll=2, row_elements=32, row_elements_backward=16, resident_threads=1024),
-    100: Tile(threads=256, unroll=4, row_elements=32, row_elements_backward=16, resident_threads=1024),
-}
-
-
-class Chip(NamedTuple):
-    arch: int
-    """Compute capability, major * 10 + minor."""
-    n_sms: int
-    tile: Tile
-
-    def persistent_blocks(self, threads: int) -> int:
-        """Blocks of ``threads`` threads that fill the chip once."""
-        return self.n_sms * max(1, self.tile.resident_threads // threads)
-
-
-def tile_of(arch: int) -> Tile:
-    """Sizes for compute capability ``arch``: those of the nearest older entry."""
-    return _TILES[max((known for known in _TILES if known <= arch), default=min(_TILES))]
+def chip(device: torch.device) -> Chip:
+    """The chip behind ``device``; ``meta`` tensors (and tests on a CPU) stand for an H200, or what ``standing_for`` says."""
+    return _cuda_chip(device) if device.type == "cuda" else _meta_chip
 
 
 @functools.cache
-def chip(device: torch.device) -> Chip:
-    """The chip behind ``device``; ``meta`` tensors (and tests on a CPU) stand for an H200 of 132 multiprocessors."""
-    if device.type != "cuda":
-        return Chip(90, 132, tile_of(90))
+def _cuda_chip(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     arch = properties.major * 10 + properties.minor
     return Chip(arch, properties.multi_processor_count, tile_of(arch))
+
+
+@contextmanager
+def standing_for(chip: Chip) -> Iterator[None]:
+    """Inside, ``meta`` tensors stand for a GPU with this chip."""
+    global _meta_chip
+    before, _meta_chip = _meta_chip, chip
+    try:
+        yield
+    finally:
+        _meta_chip = before
 
 
 def pack_width(*tensors: Tensor | None, row: int = 0) -> int:
@@ -278,7 +273,3 @@ def pack_width_and_head(*tensors: Tensor) -> tuple[int, int]:
     if len(past) == 1 and all(t.itemsize == size for t in tensors):
         return 16 // size, past.pop() // size
     return pack_width(*tensors), 0
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

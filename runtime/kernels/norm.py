@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm over the last dim, forward and backward, with the residual addition before them if wanted.
 
-Kept for the backward pass: what was normalised, the weight, and one fp32 (LayerNorm: two) per row. Weight and bias gradients
-are summed in two stages in a fixed order.
+Kept for the backward pass: what was normalised, the weight, and one fp32 (LayerNorm: two) per row, by the kernels and in plain
+torch alike. The kernels compute in fp32 and round once; weight and bias gradients are summed in two stages in a fixed order.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from estimator.errors import invalid
-from estimator.ops.operator import Op
+from estimator.ops.kernels.norm import Rows, backward_blocks, row_threads
 from runtime.kernels import loader
 from runtime.kernels.columns import sum_columns
 from runtime.kernels.dropout import dropped_sum
@@ -28,8 +29,7 @@ MAX_WIDTH = 16_384
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang & Sennrich 2019). ``x`` ``[..., D]``, ``weight`` ``[D]``.
 
-    Any of fp32, bf16, fp16 for each; computed in fp32 and rounded once to ``x``'s dtype. Raises ``InputError`` for D
-    above 16,384 on a GPU.
+    Any of fp32, bf16, fp16 for each; returns ``x``'s dtype. Raises ``InputError`` for D above 16,384 on a GPU.
     """
     if not loader.uses_kernel("rms_norm", x):
         return rms_norm_reference(x, weight, eps)
@@ -37,9 +37,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``rms_norm`` in plain torch."""
-    wide = widened(x)
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * widened(weight)).to(x.dtype)
+    """``rms_norm`` in plain torch, with as little memory as eager operators allow. Rounds to ``x``'s dtype before the weight
+    and after it."""
+    return _RmsNormReference.apply(x, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -50,7 +50,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """``layer_norm`` in plain torch."""
+    """``layer_norm`` in plain torch: torch's own operator where all dtypes are one."""
+    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = widened(x)
     centered = wide - wide.mean(-1, keepdim=True)
     y = centered * (centered.square().mean(-1, keepdim=True) + eps).rsqrt() * widened(weight)
@@ -69,7 +71,7 @@ def add_rms_norm(
 def add_rms_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, probability: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``add_rms_norm`` in plain torch."""
+    """``add_rms_norm`` in plain torch: ``dropout_residual_reference``, then ``rms_norm_reference``."""
     h = dropped_sum(x, residual, dropout_of(probability), seed)
     return rms_norm_reference(h, weight, eps), h
 
@@ -88,41 +90,34 @@ def add_layer_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, probability: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``add_layer_norm`` in plain torch."""
+    """``add_layer_norm`` in plain torch: ``dropout_residual_reference``, then ``layer_norm_reference``."""
     h = dropped_sum(x, residual, dropout_of(probability), seed)
     return layer_norm_reference(h, weight, bias, eps), h
 
 
-class NormCall(NamedTuple):
-    """What the cost of a call depends on."""
+class _RmsNormReference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = widened(x)
+        inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        y = wide * inverse_rms if wide.dtype == x.dtype else wide.mul_(inverse_rms).to(x.dtype)
+        return y.mul_(weight)
 
-    rows: int
-    width: int
-    dtype: str
-    itemsize: int
-    rms: bool
-    bias: bool = False
-    residual: bool = False
-    dropout: bool = False
-    n_partial: int = 0
-    """Rows of partial weight gradients (``partial_rows``), written and read once; a few MB whatever the size of ``x``."""
-
-
-def cost(call: NormCall) -> tuple[Op, Op]:
-    """Forward and backward; weights have ``x``'s dtype and ``h`` has a gradient of its own where it is an output."""
-    name = "rms_norm" if call.rms else "layer_norm"
-    n, size = call.rows * call.width, call.itemsize
-    params, stats = (2 if call.bias else 1), (1 if call.rms else 2)
-    fixed = params * call.width * size + stats * 4 * call.rows + 8 * call.dropout
-    forward = n * size * (4 if call.residual else 2) + fixed
-    partial = 2 * params * call.n_partial * call.width * 4
-    backward = n * size * (3 + call.residual + call.dropout) + fixed + call.width * size + partial
-    flops_forward = (4 if call.rms else 5) + call.bias + call.residual + call.dropout
-    flops_backward = (10 if call.rms else 12) + call.bias + call.residual + call.dropout
-    return (
-        Op(name, "norm", False, call.dtype, flops_forward * n, forward),
-        Op(f"{name}_backward", "norm", True, call.dtype, flops_backward * n, backward, launches=1 + params),
-    )
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad_y,) = grads
+        x, weight, inverse_rms = ctx.saved_tensors
+        narrow = inverse_rms.dtype != x.dtype
+        x_hat = widened(x).mul_(inverse_rms) if narrow else x * inverse_rms
+        product = x_hat * grad_y
+        grad_weight = product.reshape(-1, weight.numel()).sum(0).to(weight.dtype)
+        mean = product.mul_(weight).mean(-1, keepdim=True)
+        del product
+        grad_x = x_hat.mul_(mean).neg_()
+        grad_x.add_(grad_y * weight) if narrow else grad_x.addcmul_(grad_y, weight)
+        return grad_x.mul_(inverse_rms).to(x.dtype), grad_weight, None
 
 
 # ---- launchers --------------------------------------------------------------------------------------------------------
@@ -136,30 +131,8 @@ class _Variant(NamedTuple):
 _RMS, _LAYER = _Variant(True), _Variant(False)
 
 
-class _Rows(NamedTuple):
-    """How the threads of a block lie over rows."""
-
-    lanes: int
-    threads: int
-
-    @property
-    def per_block(self) -> int:
-        return self.threads // self.lanes
-
-
-def _row_threads(width: int, pack: int, elements: int) -> _Rows:
-    """As few threads to a row as hold it with ``elements`` each: up to a warp a power of two (at least 8 where the row has
-    8 packs, so that accesses are 128 bytes side by side), whole warps above."""
-    lanes = ceil_div(width, elements)
-    if lanes > 32:
-        lanes = ceil_div(lanes, 32) * 32
-        return _Rows(lanes, lanes)
-    lanes = max(lanes, min(8, ceil_div(width, pack)))
-    return _Rows(1 << (lanes - 1).bit_length(), 128)
-
-
 @functools.cache
-def _forward_kernel(types: tuple[torch.dtype, torch.dtype], pack: int, width: int, rows: _Rows, **flags: int) -> Kernel:
+def _forward_kernel(types: tuple[torch.dtype, torch.dtype], pack: int, width: int, rows: Rows, **flags: int) -> Kernel:
     return kernel(
         "norm_forward", "norm_forward", X_TYPE=type_name(types[0]), W_TYPE=type_name(types[1]), WIDTH=width,
         PACK=pack, LANES=rows.lanes, THREADS=rows.threads, **flags,
@@ -167,18 +140,11 @@ def _forward_kernel(types: tuple[torch.dtype, torch.dtype], pack: int, width: in
 
 
 @functools.cache
-def _backward_kernel(
-    types: tuple[torch.dtype, torch.dtype], pack: int, width: int, rows: _Rows, **flags: int
-) -> Kernel:
+def _backward_kernel(types: tuple[torch.dtype, torch.dtype], pack: int, width: int, rows: Rows, **flags: int) -> Kernel:
     return kernel(
         "norm_backward", "norm_backward", X_TYPE=type_name(types[0]), W_TYPE=type_name(types[1]), WIDTH=width,
         PACK=pack, LANES=rows.lanes, THREADS=rows.threads, **flags,
     )  # fmt: skip
-
-
-def partial_rows(n_rows: int, rows_per_block: int, threads: int, device: torch.device) -> int:
-    """Blocks of the backward kernel, each of which writes one row of partial weight gradients."""
-    return min(ceil_div(n_rows, rows_per_block), chip(device).persistent_blocks(threads))
 
 
 class _Norm(torch.autograd.Function):
@@ -200,7 +166,7 @@ class _Norm(torch.autograd.Function):
             for absent in (variant.rms, False)
         )
         pack = loader.pack_width(x, residual, weight, bias, y, h, row=width)
-        rows = _row_threads(width, pack, chip(x.device).tile.row_elements)
+        rows = row_threads(width, pack, chip(x.device).tile.row_elements)
         compiled = _forward_kernel(
             (x.dtype, weight.dtype), pack, width, rows, RMS=int(variant.rms), BIAS=int(bias is not None),
             RESIDUAL=int(residual is not None), DROPOUT=int(seed is not None),
@@ -227,8 +193,8 @@ class _Norm(torch.autograd.Function):
         grad_h = torch.empty_like(h)
         grad_x = None if seed is None else torch.empty_like(h)
         pack = loader.pack_width(grad_y, grad_sum, h, weight, row=width)
-        rows = _row_threads(width, pack, chip(h.device).tile.row_elements_backward)
-        blocks = partial_rows(n_rows, rows.per_block, rows.threads, h.device)
+        rows = row_threads(width, pack, chip(h.device).tile.row_elements_backward)
+        blocks = backward_blocks(n_rows, rows, chip(h.device))
         partial_weight, partial_bias = (
             torch.empty(blocks, width, dtype=torch.float32, device=h.device) if present else None
             for present in (True, ctx.bias_dtype is not None)

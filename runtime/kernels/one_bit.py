@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from estimator.errors import invalid
-from estimator.ops.operator import Op
+from estimator.ops.kernels.one_bit import sign_bytes
 from runtime.kernels import loader
 from runtime.kernels.loader import Kernel, ceil_div, chip, kernel, launch, type_name
 
@@ -34,18 +34,20 @@ class Signs(NamedTuple):
     block: int
 
 
-def one_bit_pack(x: Tensor, error: Tensor, block: int) -> Signs:
+def one_bit_pack(x: Tensor, error: Tensor, block: int, into: tuple[Tensor, Tensor] | None = None) -> Signs:
     """Signs and scales of ``x + error``; what they lose is left in ``error``.
 
     ``x`` any shape (fp32, bf16, fp16); ``error`` fp32, contiguous, of its size, changed in place (not in blocks that are not
-    finite); ``block`` one of ``BLOCKS``. Raises ``InputError`` for sizes that do not fit.
+    finite); ``block`` one of ``BLOCKS``; ``into``: bits and scales to write, contiguous, else they are made. Raises
+    ``InputError`` for sizes that do not fit.
     """
     _check_block(block)
     if error.numel() != x.numel() or error.dtype != torch.float32 or not error.is_contiguous():
         raise invalid("error", (tuple(error.shape), error.dtype), f"{x.numel()} fp32, contiguous")
     if not loader.uses_kernel("one_bit", x):
-        return one_bit_pack_reference(x, error, block)
-    return _pack(x, error, block)
+        made = one_bit_pack_reference(x, error, block)
+        return made if into is None else made._replace(bits=into[0].copy_(made.bits), scales=into[1].copy_(made.scales))
+    return _pack(x, error, block, into)
 
 
 def one_bit_pack_reference(x: Tensor, error: Tensor, block: int) -> Signs:
@@ -67,18 +69,22 @@ def one_bit_pack_reference(x: Tensor, error: Tensor, block: int) -> Signs:
     return Signs(bits, torch.where(finite, scale, torch.nan).view(-1), n, block)
 
 
-def one_bit_sum(received: Signs, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> Tensor:
+def one_bit_sum(
+    received: Signs, dtype: torch.dtype = torch.float32, factor: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """``factor`` times the sum of all pieces of ``received``, ``[numel]`` of ``dtype``: summed in order, in fp32, rounded
-    once. Raises ``InputError`` for sizes that do not fit together."""
+    once; ``out`` (of that kind, contiguous) is filled where it is given. Raises ``InputError`` for sizes that do not fit
+    together."""
     _check_block(received.block)
     bits, scales = received.bits, received.scales
-    wanted = (ceil_div(received.numel, 8), ceil_div(received.numel, received.block))
+    wanted = (sign_bytes(received.numel), ceil_div(received.numel, received.block))
     if (bits.shape[-1], scales.shape[-1]) != wanted or bits.shape[:-1] != scales.shape[:-1] or bits.ndim > 2:
         found = (tuple(bits.shape), tuple(scales.shape))
         raise invalid("shapes of bits and scales", found, f"[{wanted[0]}] and [{wanted[1]}], or [pieces, ...] of both")
     if not loader.uses_kernel("one_bit", scales):
-        return one_bit_sum_reference(received, dtype, factor)
-    return _sum(received, dtype, factor)
+        made = one_bit_sum_reference(received, dtype, factor)
+        return made if out is None else out.copy_(made)
+    return _sum(received, dtype, factor, out)
 
 
 def one_bit_sum_reference(received: Signs, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> Tensor:
@@ -91,15 +97,6 @@ def one_bit_sum_reference(received: Signs, dtype: torch.dtype = torch.float32, f
         each = scale.repeat_interleave(received.block)[:n]
         total += torch.where(positive, each, -each)
     return (total * factor).to(dtype)
-
-
-def cost(numel: int, block: int, dtype: str, itemsize: int, *, pieces: int = 1) -> tuple[Op, Op]:
-    """``one_bit_pack`` of ``numel`` elements, and ``one_bit_sum`` of so many ``pieces``; elements of ``dtype``."""
-    stored = ceil_div(numel, 8) + 4 * ceil_div(numel, block)
-    return (
-        Op("one_bit_pack", "elementwise", False, dtype, 4 * numel, numel * (itemsize + 8) + stored),
-        Op("one_bit_sum", "elementwise", False, dtype, (pieces + 1) * numel, pieces * stored + numel * itemsize),
-    )
 
 
 def _check_block(block: int) -> None:
@@ -119,11 +116,13 @@ def _kernel(function: str, dtype: torch.dtype, block: int, aligned: bool, device
 
 
 @loader.outside_compile
-def _pack(x: Tensor, error: Tensor, block: int) -> Signs:
+def _pack(x: Tensor, error: Tensor, block: int, into: tuple[Tensor, Tensor] | None = None) -> Signs:
     x = x.detach().contiguous()
     n = x.numel()
-    bits = torch.empty(ceil_div(n, 8), dtype=torch.uint8, device=x.device)
-    scales = torch.empty(ceil_div(n, block), dtype=torch.float32, device=x.device)
+    bits, scales = into or (
+        torch.empty(sign_bytes(n), dtype=torch.uint8, device=x.device),
+        torch.empty(ceil_div(n, block), dtype=torch.float32, device=x.device),
+    )
     aligned = loader.pack_width(x, error) * min(x.itemsize, error.itemsize) == 16
     compiled = _kernel("one_bit_pack", x.dtype, block, aligned, x.device)
     defines = dict(compiled.defines)
@@ -133,10 +132,10 @@ def _pack(x: Tensor, error: Tensor, block: int) -> Signs:
 
 
 @loader.outside_compile
-def _sum(received: Signs, dtype: torch.dtype, factor: float) -> Tensor:
+def _sum(received: Signs, dtype: torch.dtype, factor: float, out: Tensor | None = None) -> Tensor:
     n, pieces = received.numel, len(received.bits) if received.bits.ndim == 2 else 1
     bits, scales = (t.contiguous() for t in received[:2])
-    out = torch.empty(n, dtype=dtype, device=bits.device)
+    out = torch.empty(n, dtype=dtype, device=bits.device) if out is None else out
     compiled = _kernel("one_bit_sum", dtype, received.block, True, bits.device)
     threads = chip(bits.device).tile.threads
     launch(

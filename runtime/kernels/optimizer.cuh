@@ -5,7 +5,7 @@
 #define ADAM 0      // Kingma & Ba 2015; weight decay is part of the gradient
 #define ADAMW 1     // Loshchilov & Hutter 2019
 #define SGD 2       // Sutskever et al. 2013, as in torch.optim
-#define NESTEROV 3
+#define SGD_NESTEROV 3
 #define LION 4      // Chen et al. 2023, algorithm 2
 #define ADAGRAD 5   // Duchi et al. 2011
 #define LAMB 6      // You et al. 2020, algorithm 2
@@ -55,10 +55,10 @@ __device__ __forceinline__ void stepped(const Rates& r, float g, float& p, float
 #elif RULE == ADAM
   moments(r, g + r.decay * p, a, b);
   p -= r.size * direction(r, a, b);
-#elif RULE == SGD || RULE == NESTEROV
+#elif RULE == SGD || RULE == SGD_NESTEROV
   g += r.decay * p;
   a = r.beta1 * a + g;
-  p -= r.lr * (RULE == NESTEROV ? g + r.beta1 * a : a);
+  p -= r.lr * (RULE == SGD_NESTEROV ? g + r.beta1 * a : a);
 #elif RULE == LION
   float c = r.beta1 * a + r.rest1 * g;
   p -= r.lr * ((c > 0.f ? 1.f : c < 0.f ? -1.f : c) + r.decay * p);

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 
 from estimator.errors import invalid
-from estimator.ops.operator import Op
+from estimator.ops.kernels.chip import Tile
+from estimator.ops.kernels.optimizer import PACK, RULES, UNROLL, chunk_elements, n_lists
 from runtime.kernels import loader
-from runtime.kernels.blockwise8 import BLOCK, Blockwise8, check8, decode, device_maps, encode
-from runtime.kernels.loader import Argument, Kernel, ceil_div, chip, kernel, launch, type_name
+from runtime.kernels.blockwise8 import Blockwise8, check8, decode, device_maps, encode
+from runtime.kernels.loader import Argument, Kernel, chip, kernel, launch, type_name
 from runtime.kernels.rules import Adam, Control, Rule
-from runtime.kernels.tables import Lists, check_lists, rounded_chunk, table_of
+from runtime.kernels.tables import Lists, check_lists, table_of
 
 State = Tensor | Blockwise8
 
-PACK = 4
-UNROLL = 2
-_CHUNK = 8192
 _THREADS8, _BLOCKS8 = 128, 5
 """Of the 8-bit kernel: at most 102 registers for a thread, which it fills without spilling."""
 
@@ -57,20 +55,6 @@ def optimizer_step_reference(
     if params:
         check_lists(*_checked_lists(rule, params, grads, states, copies))
         _step_in_torch(rule, params, grads, states, control, copies)
-
-
-def cost(rule: Rule, numel: int, grad_itemsize: int, copy_itemsize: int = 0, *, eight_bit: bool = False) -> Op:
-    """One step on ``numel`` elements; tables (8 bytes for 8,192 elements, some 60 for a tensor) are left out.
-
-    For LAMB both passes with the sums between them, the sums' own few bytes left out.
-    """
-    state_bytes = 8 * rule.n_states * numel
-    if eight_bit:
-        state_bytes = rule.n_states * (2 * numel + 8 * ceil_div(numel, BLOCK))
-    again = 12 * numel if rule.kernel == "lamb" else 0
-    n_bytes = (8 + grad_itemsize + copy_itemsize) * numel + state_bytes + again
-    launches = 3 if rule.kernel == "lamb" else 1
-    return Op(f"{rule.kernel}_step", "optimizer", False, "fp32", rule.flops * numel, n_bytes, launches=launches)
 
 
 def check_dtypes(name: str, tensors: Iterable[Tensor], allowed: tuple[torch.dtype, ...]) -> None:
@@ -169,39 +153,33 @@ def check_fp32(params: Sequence[Tensor], states: Iterable[Sequence[Tensor]]) -> 
 
 
 @functools.cache
-def _kernel(
-    define: str, n_states: int, eight_bit: bool, grad: torch.dtype, copy: torch.dtype | None, device: torch.device
-) -> Kernel:
+def _kernel(rule: str, eight_bit: bool, grad: torch.dtype, copy: torch.dtype | None, tile: Tile) -> Kernel:
     common: dict[str, str | int] = {
-        "RULE": define, "GRAD_TYPE": type_name(grad), "COPY": int(copy is not None),
-        "COPY_TYPE": "f32" if copy is None else type_name(copy), "PACK": PACK, "THREADS": _threads(eight_bit, device),
-        "CHUNK": chunk_of(device),
+        "RULE": rule.upper(), "GRAD_TYPE": type_name(grad), "COPY": int(copy is not None),
+        "COPY_TYPE": "f32" if copy is None else type_name(copy), "PACK": PACK, "THREADS": _threads(eight_bit, tile),
+        "CHUNK": chunk_elements(tile),
+        "LISTS": n_lists(rule, copies=copy is not None, eight_bit=eight_bit),
     }  # fmt: skip
     if eight_bit:
-        return kernel("optimizer8", "optimizer8_step", LISTS=6 + (copy is not None), BLOCKS=_BLOCKS8, **common)
-    lists = 2 + n_states + (copy is not None)
-    return kernel("optimizer", "optimizer_step", STATES=n_states, LISTS=lists, UNROLL=UNROLL, **common)
+        return kernel("optimizer8", "optimizer8_step", BLOCKS=_BLOCKS8, **common)
+    return kernel("optimizer", "optimizer_step", STATES=RULES[rule].n_states, UNROLL=UNROLL, **common)
 
 
-def _threads(eight_bit: bool, device: torch.device) -> int:
-    return _THREADS8 if eight_bit else chip(device).tile.threads
-
-
-def chunk_of(device: torch.device) -> int:
-    """Elements that one block steps."""
-    return rounded_chunk(_CHUNK, chip(device).tile.threads * PACK * UNROLL)
+def _threads(eight_bit: bool, tile: Tile) -> int:
+    return _THREADS8 if eight_bit else tile.threads
 
 
 def _launch(rule: Rule, lists: Lists, sides: Lists, control: Control, copies: Sequence[Tensor] | None) -> None:
     params = lists["parameters"]
     check_fp32(params, [tensors for name, tensors in lists.items() if name.startswith("states")])
     device = params[0].device
-    table = table_of(lists, sides, chunk=chunk_of(device), pack=PACK, from_start=bool(sides))
+    tile = chip(device).tile
+    table = table_of(lists, sides, chunk=chunk_elements(tile), pack=PACK, from_start=bool(sides))
     grad, copy = lists["gradients"][0].dtype, None if copies is None else copies[0].dtype
-    compiled = _kernel(rule.define, rule.n_states, bool(sides), grad, copy, device)
+    compiled = _kernel(rule.name, bool(sides), grad, copy, tile)
     maps = (device_maps(device),) if sides else ()
     launch(
-        compiled, table.n_chunks, _threads(bool(sides), device), table.values, table.n_chunks, *maps,
+        compiled, table.n_chunks, _threads(bool(sides), tile), table.values, table.n_chunks, *maps,
         *step_arguments(rule, control),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from estimator.errors import invalid, require_choice
-from estimator.ops.operator import Op
+from estimator.ops.kernels.quantize import FORMAT_BITS, code_bytes
 from runtime.kernels import loader
 from runtime.kernels.loader import Kernel, ceil_div, chip, kernel, launch, type_name
 from runtime.kernels.philox import random_bits
@@ -28,7 +28,6 @@ _PIECES_AT_ONCE = 4
 class _Format(NamedTuple):
     code: int
     """``FORMAT`` in ``quantize.cuh``."""
-    n_bits: int
     largest: float
     """Number of the largest code."""
     float8: tuple[int, int, int, torch.dtype] | None = None
@@ -36,10 +35,10 @@ class _Format(NamedTuple):
 
 
 FORMATS = {
-    "int8": _Format(0, 8, 127.0),
-    "int4": _Format(1, 4, 7.0),
-    "e4m3": _Format(2, 8, 448.0, (3, 7, 0x7E, torch.float8_e4m3fn)),
-    "e5m2": _Format(3, 8, 57344.0, (2, 15, 0x7B, torch.float8_e5m2)),
+    "int8": _Format(0, 127.0),
+    "int4": _Format(1, 7.0),
+    "e4m3": _Format(2, 448.0, (3, 7, 0x7E, torch.float8_e4m3fn)),
+    "e5m2": _Format(3, 57344.0, (2, 15, 0x7B, torch.float8_e5m2)),
 }
 
 
@@ -56,22 +55,24 @@ class Quantized(NamedTuple):
     block: int
 
 
-def code_bytes(numel: int, format: str) -> int:
-    """Bytes of the codes of ``numel`` elements."""
-    return ceil_div(numel * FORMATS[format].n_bits, 8)
-
-
-def quantize(x: Tensor, format: str, block: int, seed: Tensor | None = None) -> Quantized:
+def quantize(
+    x: Tensor, format: str, block: int, seed: Tensor | None = None, into: tuple[Tensor, Tensor] | None = None
+) -> Quantized:
     """``x`` (any shape; fp32, bf16, fp16) in one of ``FORMATS``, ``block`` (one of ``BLOCKS``) elements to a scale.
 
     Rounds to nearest, ties to even; with ``seed`` (int64 ``[1]`` on ``x``'s device) stochastically: the expected value
     of what is stored is the element, and the same seed gives the same codes on every device. A block whose largest
-    magnitude is below 2^-100 becomes zeros. Raises ``InputError`` for an unknown format or block.
+    magnitude is below 2^-100 becomes zeros. ``into``: codes and scales to write, contiguous; else they are made. Raises
+    ``InputError`` for an unknown format or block.
     """
     _check(format, block)
     if not loader.uses_kernel("quantize", x):
-        return quantize_reference(x, format, block, seed)
-    return _quantize(x, format, block, seed)
+        return _moved(quantize_reference(x, format, block, seed), into)
+    return _quantize(x, format, block, seed, into)
+
+
+def _moved(made: Quantized, into: tuple[Tensor, Tensor] | None) -> Quantized:
+    return made if into is None else made._replace(codes=into[0].copy_(made.codes), scales=into[1].copy_(made.scales))
 
 
 def quantize_reference(x: Tensor, format: str, block: int, seed: Tensor | None = None) -> Quantized:
@@ -89,16 +90,19 @@ def quantize_reference(x: Tensor, format: str, block: int, seed: Tensor | None =
         codes = _float8_codes(v, chosen.float8, random)
     else:
         steps = v.round() if random is None else (v + random.float() / 65536).floor()
-        codes = steps.clamp(-chosen.largest, chosen.largest).to(torch.int32) & (2**chosen.n_bits - 1)
+        codes = steps.clamp(-chosen.largest, chosen.largest).to(torch.int32) & (2 ** FORMAT_BITS[format] - 1)
     codes = codes.reshape(-1)
-    if chosen.n_bits == 4:
+    if FORMAT_BITS[format] == 4:
         codes = codes[0::2] | codes[1::2] << 4
     return Quantized(codes[: code_bytes(n, format)].to(torch.uint8), scale.reshape(-1), n, format, block)
 
 
-def dequantize_sum(received: Quantized, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> Tensor:
+def dequantize_sum(
+    received: Quantized, dtype: torch.dtype = torch.float32, factor: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """``factor`` times the sum of all pieces of ``received``, ``[numel]`` of ``dtype``: summed in order, in fp32, rounded
-    once. With one piece this is plain dequantisation. Raises ``InputError`` for sizes that do not fit together."""
+    once; ``out`` (of that kind, contiguous) is filled where it is given. With one piece this is plain dequantisation.
+    Raises ``InputError`` for sizes that do not fit together."""
     _check(received.format, received.block)
     codes, scales = received.codes, received.scales
     wanted = (code_bytes(received.numel, received.format), ceil_div(received.numel, received.block))
@@ -106,8 +110,9 @@ def dequantize_sum(received: Quantized, dtype: torch.dtype = torch.float32, fact
         found = (tuple(codes.shape), tuple(scales.shape))
         raise invalid("shapes of codes and scales", found, f"[{wanted[0]}] and [{wanted[1]}], or [pieces, ...] of both")
     if not loader.uses_kernel("quantize", scales):
-        return dequantize_sum_reference(received, dtype, factor)
-    return _dequantize(received, dtype, factor)
+        made = dequantize_sum_reference(received, dtype, factor)
+        return made if out is None else out.copy_(made)
+    return _dequantize(received, dtype, factor, out)
 
 
 def dequantize_sum_reference(received: Quantized, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> Tensor:
@@ -118,25 +123,13 @@ def dequantize_sum_reference(received: Quantized, dtype: torch.dtype = torch.flo
     for piece, scale in zip(codes, scales, strict=True):
         if chosen.float8 is not None:
             values = piece.view(chosen.float8[3]).float()
-        elif chosen.n_bits == 8:
+        elif FORMAT_BITS[received.format] == 8:
             values = piece.view(torch.int8).float()
         else:
             halves = torch.stack((piece & 15, piece >> 4), dim=1).flatten()[:n].to(torch.int32)
             values = torch.where(halves < 8, halves, halves - 16).float()
         total += values * scale.repeat_interleave(received.block)[:n]
     return (total * factor).to(dtype)
-
-
-def cost(
-    numel: int, format: str, block: int, dtype: str, itemsize: int, *, pieces: int = 1, stochastic: bool = False
-) -> tuple[Op, Op]:
-    """``quantize`` of ``numel`` elements, and ``dequantize_sum`` of so many ``pieces``; elements of ``dtype``."""
-    stored = code_bytes(numel, format) + 4 * ceil_div(numel, block)
-    seed = 8 if stochastic else 0
-    return (
-        Op("quantize", "elementwise", False, dtype, (5 if stochastic else 4) * numel, numel * itemsize + stored + seed),
-        Op("dequantize_sum", "elementwise", False, dtype, (2 * pieces + 1) * numel, pieces * stored + numel * itemsize),
-    )
 
 
 def _check(format: str, block: int) -> None:
@@ -179,7 +172,7 @@ def _aligned(*tensors: tuple[Tensor, int]) -> bool:
 
 def _code_access(format: str, dtype: torch.dtype) -> int:
     """Bytes of codes that one access of 16 bytes of ``dtype`` makes or needs."""
-    return 16 // dtype.itemsize * FORMATS[format].n_bits // 8
+    return 16 // dtype.itemsize * FORMAT_BITS[format] // 8
 
 
 @functools.cache
@@ -194,11 +187,15 @@ def _quantize_kernel(
 
 
 @loader.outside_compile
-def _quantize(x: Tensor, format: str, block: int, seed: Tensor | None) -> Quantized:
+def _quantize(
+    x: Tensor, format: str, block: int, seed: Tensor | None, into: tuple[Tensor, Tensor] | None = None
+) -> Quantized:
     x = x.detach().contiguous()
     n = x.numel()
-    codes = torch.empty(code_bytes(n, format), dtype=torch.uint8, device=x.device)
-    scales = torch.empty(ceil_div(n, block), dtype=torch.float32, device=x.device)
+    codes, scales = into or (
+        torch.empty(code_bytes(n, format), dtype=torch.uint8, device=x.device),
+        torch.empty(ceil_div(n, block), dtype=torch.float32, device=x.device),
+    )
     aligned = _aligned((x.view(-1), 16), (codes, _code_access(format, x.dtype)))
     compiled = _quantize_kernel(format, block, x.dtype, aligned, seed is not None, x.device)
     defines = dict(compiled.defines)
@@ -216,11 +213,11 @@ def _dequantize_kernel(format: str, block: int, dtype: torch.dtype, aligned: boo
 
 
 @loader.outside_compile
-def _dequantize(received: Quantized, dtype: torch.dtype, factor: float) -> Tensor:
+def _dequantize(received: Quantized, dtype: torch.dtype, factor: float, out: Tensor | None = None) -> Tensor:
     codes, scales, n, format, block = received
     pieces = len(codes) if codes.ndim == 2 else 1
     codes, scales = (t.contiguous().view(pieces, t.shape[-1]) for t in (codes, scales))
-    out = torch.empty(n, dtype=dtype, device=codes.device)
+    out = torch.empty(n, dtype=dtype, device=codes.device) if out is None else out
     aligned = _aligned((out, 16), (codes, _code_access(format, dtype)))
     compiled = _dequantize_kernel(format, block, dtype, aligned, codes.device)
     threads = chip(codes.device).tile.threads

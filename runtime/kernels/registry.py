@@ -11,28 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from estimator.errors import unknown_choice
-
-KERNELS: dict[str, str] = {
-    "rms_norm": "RMSNorm, with residual addition and dropout before it",
-    "layer_norm": "LayerNorm, with residual addition and dropout before it",
-    "gated_activation": "activation(gate) * up",
-    "activation": "activation(x + bias)",
-    "rotary": "rotary position embedding",
-    "dropout_residual": "residual + dropout(x)",
-    "cross_entropy": "softmax cross-entropy over the vocabulary",
-    "linear_cross_entropy": "head and cross-entropy in chunks of rows",
-    "quantize": "blockwise int8, int4 and fp8, and sums of what was received",
-    "adacomp": "AdaComp selection and packing of gradients",
-    "one_bit": "signs of gradients with a scale per block",
-    "adam": "Adam and AdamW steps over many tensors",
-    "sgd": "SGD steps with momentum over many tensors",
-    "lion": "Lion steps over many tensors",
-    "adagrad": "Adagrad steps over many tensors",
-    "lamb": "LAMB steps over many tensors",
-    "grad_norm": "sum of squares of many tensors and overflow check",
-    "bucket": "many tensors copied into a flat one and back, or scaled",
-}
-"""Name of every kernel that can be switched off, and what it computes."""
+from estimator.job.kernels import KERNELS
 
 ENVIRONMENT = "ZEROCAST_KERNELS_OFF"
 _off: list[frozenset[str]] = []

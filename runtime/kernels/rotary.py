@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from estimator.errors import invalid
-from estimator.ops.operator import Op
 from runtime.kernels import loader
 from runtime.kernels.loader import Kernel, ceil_div, chip, kernel, launch, type_name, widened
 
@@ -19,8 +18,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, in
     """Turns the first R channels of every head by the angles of its position; the others stay.
 
     ``x`` ``[B, S, H, D]``, any strides between heads (a part of a fused projection, say) but channels side by side; ``cos`` and ``sin``
-    ``[S, R/2]``, of ``x``'s dtype or fp32. Pairs are (i, i + R/2), or (2i, 2i + 1) when ``interleaved``. Computed in
-    fp32, rounded once. Returns ``x``'s shape: a new contiguous tensor, or ``x`` itself when ``in_place``.
+    ``[S, R/2]``, of ``x``'s dtype or fp32. Pairs are (i, i + R/2), or (2i, 2i + 1) when ``interleaved``. The kernel
+    computes in fp32 and rounds once. Returns ``x``'s shape: a new contiguous tensor, or ``x`` itself when ``in_place``.
     """
     if cos.shape != sin.shape or cos.ndim != 2 or cos.shape[0] != x.shape[1] or 2 * cos.shape[1] > x.shape[-1]:
         raise invalid("shape of cos, sin", (*cos.shape, *sin.shape), f"[{x.shape[1]}, at most {x.shape[-1] // 2}] each")
@@ -32,7 +31,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, in
 def rotate_reference(
     x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, in_place: bool = False
 ) -> Tensor:
-    """``rotate`` in plain torch."""
+    """``rotate`` in plain torch. Pairs (i, i + R/2) into a new tensor, with tables of ``x``'s dtype: in that dtype, with no
+    temporary tensor; else in fp32, rounded once."""
+    if not interleaved and not in_place and cos.dtype == sin.dtype == x.dtype:
+        return _RotateReference.apply(x, cos, sin)
     half = cos.shape[-1]
     c, s = widened(cos)[:, None, :], widened(sin)[:, None, :]
     pairs = widened(x[..., : 2 * half])
@@ -45,25 +47,29 @@ def rotate_reference(
     return torch.cat((out.to(x.dtype), x[..., 2 * half :]), dim=-1)
 
 
-def cost(
-    shape: tuple[int, int, int, int], rotary_dim: int, dtype: str, itemsize: int, *, in_place: bool
-) -> tuple[Op, Op]:
-    """Forward and backward of one call on ``[B, S, H, D]`` with tables of the same dtype; backward is not in place."""
-    batch, seq_len, heads, head_dim = shape
-    rows = batch * seq_len * heads
-    tables = seq_len * rotary_dim * itemsize
-    moved = rotary_dim if in_place else head_dim
-    return (
-        Op("rotary", "elementwise", False, dtype, 3 * rows * rotary_dim, 2 * rows * moved * itemsize + tables),
-        Op(
-            "rotary_backward",
-            "elementwise",
-            True,
-            dtype,
-            3 * rows * rotary_dim,
-            2 * rows * head_dim * itemsize + tables,
-        ),
-    )
+class _RotateReference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    half = cos.shape[-1]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out[..., :half].copy_(first).mul_(cos).addcmul_(second, sin, value=-direction)
+    out[..., half : 2 * half].copy_(second).mul_(cos).addcmul_(first, sin, value=direction)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :].copy_(x[..., 2 * half :])
+    return out
 
 
 # ---- launchers --------------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from estimator.errors import invalid
+from estimator.ops.kernels.optimizer import RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +59,20 @@ class Coefficients(NamedTuple):
 class Rule(ABC):
     """One optimizer with its hyperparameters."""
 
-    kernel: ClassVar[str]
-    """Name in the registry."""
-    n_states: ClassVar[int]
-    """fp32 numbers kept for each parameter."""
-
     @property
     @abstractmethod
-    def define(self) -> str:
-        """``RULE`` in ``optimizer.cuh``."""
+    def name(self) -> str:
+        """Key of ``RULES``; in capitals ``RULE`` in ``optimizer.cuh``."""
 
     @property
-    @abstractmethod
-    def flops(self) -> int:
-        """Operations per element; a root or a division counts as one."""
+    def kernel(self) -> str:
+        """Name in the registry."""
+        return RULES[self.name].kernel
+
+    @property
+    def n_states(self) -> int:
+        """Numbers kept for each parameter."""
+        return RULES[self.name].n_states
 
     @abstractmethod
     def coefficients(self) -> Coefficients: ...
@@ -86,7 +87,6 @@ class _Moments(Rule):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    n_states: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         _check(self.betas, self.eps, self.weight_decay)
@@ -111,15 +111,10 @@ class Adam(_Moments):
 
     decoupled: bool = True
     """Weight decay shrinks the parameters (AdamW) instead of being added to the gradient."""
-    kernel: ClassVar[str] = "adam"
 
     @property
-    def define(self) -> str:
-        return "ADAMW" if self.decoupled else "ADAM"
-
-    @property
-    def flops(self) -> int:
-        return 15 if self.decoupled else 16
+    def name(self) -> str:
+        return "adamw" if self.decoupled else "adam"
 
     def stepped(self, p: Tensor, g: Tensor, states: list[Tensor], control: Control) -> tuple[Tensor, list[Tensor]]:
         if self.decoupled:
@@ -135,15 +130,10 @@ class Lamb(_Moments):
     """You et al. 2020, algorithm 2, without a bound on the norms: see ``lamb.py``."""
 
     eps: float = 1e-6
-    kernel: ClassVar[str] = "lamb"
 
     @property
-    def define(self) -> str:
-        return "LAMB"
-
-    @property
-    def flops(self) -> int:
-        return 28
+    def name(self) -> str:
+        return "lamb"
 
     def update(self, p: Tensor, states: list[Tensor], step: Tensor | None) -> Tensor:
         """What the learning rate and the trust ratio multiply."""
@@ -163,19 +153,13 @@ class Sgd(Rule):
     weight_decay: float = 0.0
     """Added to the gradient."""
     nesterov: bool = False
-    kernel: ClassVar[str] = "sgd"
-    n_states: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _check((self.momentum,), 0.0, self.weight_decay)
 
     @property
-    def define(self) -> str:
-        return "NESTEROV" if self.nesterov else "SGD"
-
-    @property
-    def flops(self) -> int:
-        return 9 if self.nesterov else 7
+    def name(self) -> str:
+        return "sgd_nesterov" if self.nesterov else "sgd"
 
     def coefficients(self) -> Coefficients:
         return Coefficients(beta1=self.momentum, decay=self.weight_decay)
@@ -193,19 +177,13 @@ class Lion(Rule):
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     """Decoupled."""
-    kernel: ClassVar[str] = "lion"
-    n_states: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _check(self.betas, 0.0, self.weight_decay)
 
     @property
-    def define(self) -> str:
-        return "LION"
-
-    @property
-    def flops(self) -> int:
-        return 12
+    def name(self) -> str:
+        return "lion"
 
     def coefficients(self) -> Coefficients:
         return Coefficients(*self.betas, decay=self.weight_decay)
@@ -224,19 +202,13 @@ class Adagrad(Rule):
     eps: float = 1e-10
     weight_decay: float = 0.0
     """Added to the gradient."""
-    kernel: ClassVar[str] = "adagrad"
-    n_states: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _check((), self.eps, self.weight_decay)
 
     @property
-    def define(self) -> str:
-        return "ADAGRAD"
-
-    @property
-    def flops(self) -> int:
-        return 10
+    def name(self) -> str:
+        return "adagrad"
 
     def coefficients(self) -> Coefficients:
         return Coefficients(eps=self.eps, decay=self.weight_decay)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from estimator.errors import InputError, invalid
-from runtime.kernels.loader import ceil_div
+from runtime.context import managed_memory
 
 Lists = Mapping[str, Sequence[Tensor]]
 """Lists of tensors by the name that errors give them: tensor i of each list belongs to tensor i of the others."""
 
-_KEPT_TABLES = 64
+_KEPT_TABLES = 1024
 
 
 class Table(NamedTuple):
@@ -111,7 +111,8 @@ def _built(
     pointers = [np.array(entries.addresses, dtype=np.int64) for entries in (*lists, *sides)]
     records = np.stack([sizes, heads, first, *pointers], axis=1)
     values = np.concatenate([np.repeat(np.arange(len(sizes)), chunks), records.ravel()])
-    return Table(_on_device(torch.from_numpy(values), device), int(chunks.sum()), len(sizes))
+    with managed_memory():  # kept from call to call and from run to run: not this call's, and too small to be forecast
+        return Table(_on_device(torch.from_numpy(values), device), int(chunks.sum()), len(sizes))
 
 
 def _starts(entries: _Entries, pack: int) -> np.ndarray:
@@ -128,8 +129,3 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
             "a CUDA graph is captured over tensors that no earlier call had; call once with the same tensors first"
         )
     return values.pin_memory().to(device, non_blocking=True)
-
-
-def rounded_chunk(wanted: int, round_elements: int) -> int:
-    """At least ``wanted`` elements in whole rounds of a block's threads."""
-    return ceil_div(wanted, round_elements) * round_elements

@@ -17,6 +17,8 @@ from runtime import functional
 
 
 class RmsNorm(nn.Module):
+    """RMSNorm over the last dim."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -25,11 +27,32 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x, self.weight, self.eps)
 
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of ``residual + x``, and that sum."""
+        return functional.add_rms_norm(x, residual, self.weight, self.eps)
 
-def _norm(spec: ModelSpec) -> nn.Module:
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dim."""
+
+    def __init__(self, width: int, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of ``residual + x``, and that sum."""
+        return functional.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+def _norm(spec: ModelSpec) -> RmsNorm | LayerNorm:
     if spec.norm == "rmsnorm":
         return RmsNorm(spec.d_model, spec.norm_eps)
-    return nn.LayerNorm(spec.d_model, eps=spec.norm_eps, bias=spec.norm_bias)
+    return LayerNorm(spec.d_model, spec.norm_eps, spec.norm_bias)
 
 
 class Embedding(nn.Module):
@@ -87,7 +110,7 @@ class Mlp(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         if self.gate is not None:
             return self.down(functional.gated_activate(self.gate(h), self.up(h), self.activation))
-        return self.down(functional.activate(self.up(h), self.activation))
+        return self.down(functional.linear_activate(h, self.up.weight, self.up.bias, self.activation))
 
 
 class Block(nn.Module):
@@ -106,8 +129,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         if self.parallel_residual:
             return x + self.attn(self.attn_norm(x), cos, sin) + self.mlp(self.mlp_norm(x))
-        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin))
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        h, x = self.mlp_norm.after_add(self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin)), x)
+        return x + self.mlp_post_norm(self.mlp(h))
 
 
 class Head(nn.Module):

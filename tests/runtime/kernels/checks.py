@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from runtime.kernels import loader
 from runtime.kernels.loader import Argument, Kernel
@@ -83,6 +86,50 @@ def on_shim(order: int = 0) -> Iterator[Recorder]:
     recorder = Recorder(Shim(order))
     with loader.cpu_launcher(recorder):
         yield recorder
+
+
+class Lives(TorchDispatchMode):
+    """Bytes of every storage born inside (positive) and of its death (negative), in the order of events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[int] = []
+        self._refs: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in {*given, *self._refs}:
+                self._born(tensor.untyped_storage())
+        return out
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        key, n_bytes = storage._cdata, storage.nbytes()
+
+        def gone(_: Any) -> None:
+            del self._refs[key]
+            self.events.append(-n_bytes)
+
+        self._refs[key] = weakref.ref(storage, gone)
+        self.events.append(n_bytes)
+
+
+def lives(
+    call: Callable[..., Any], *shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, device: str = "meta"
+) -> tuple[list[int], list[int]]:
+    """What the forward and the backward pass of ``call`` on tensors of ``shapes`` make, and let go themselves."""
+    leaves = [torch.ones(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
+    with Lives() as forward:
+        outputs = call(*leaves)
+    in_forward = [*forward.events]
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    incoming = tuple(torch.ones_like(o) for o in outputs)
+    with Lives() as backward:
+        gradients = torch.autograd.grad(outputs, leaves, incoming)
+    in_backward = [*backward.events]
+    del gradients
+    return in_forward, in_backward
 
 
 def gradients(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from estimator.errors import InputError
-from runtime.kernels.activation import ACTIVATIONS, activate, cost, gated_activate
+from estimator.ops.kernels.activation import FLOPS, cost
+from runtime.kernels.activation import ACTIVATIONS, activate, gated_activate
 from tests.runtime.kernels.checks import DTYPES, assert_close, at_offset, gradients, needs_shim, on_shim, wide
 
 pytestmark = needs_shim
@@ -115,6 +116,10 @@ def test_cost_of_a_biased_call() -> None:
     partial = next(a for k, given in record.launches if k.family == "columns" for a in given if isinstance(a, Tensor))
     assert record.n_bytes - 2 * partial.numel() * 4 == forward.n_bytes + backward.n_bytes
     assert len(record.launches) == forward.launches + backward.launches == 3
+
+
+def test_every_activation_has_a_cost() -> None:
+    assert FLOPS.keys() == ACTIVATIONS.keys()
 
 
 def test_unknown_activation() -> None:

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from estimator.errors import InputError
+from estimator.ops.kernels.adacomp import cost, message_bytes
 from runtime.kernels.adacomp import (
     AdaCompMessage,
     adacomp_add,
     adacomp_add_reference,
     adacomp_pack,
     adacomp_pack_reference,
-    cost,
 )
 from tests.runtime.kernels.checks import DTYPES, gradient_and_residual, needs_shim, on_shim
 from tests.runtime.kernels.shim import guarded, intact
@@ -137,7 +137,7 @@ def test_cost_is_what_launches_touch() -> None:
 
 def test_message_is_small() -> None:
     message = adacomp_pack(torch.empty(500_000, device="meta"), torch.empty(500_000, device="meta"), 500, 10_000)
-    assert message.wire_bytes == 2 * 10_000 + 4 * 1000 + 4
+    assert message.wire_bytes == message_bytes(500_000, 500, 10_000) == 2 * 10_000 + 4 * 1000 + 4
 
 
 def test_input_errors() -> None:

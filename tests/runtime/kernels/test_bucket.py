@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from estimator.errors import InputError
+from estimator.ops.kernels.bucket import cost
 from runtime.kernels.bucket import (
     copy_scaled,
-    cost,
     flatten,
     flatten_reference,
     scale_,

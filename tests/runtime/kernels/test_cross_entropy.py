@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from estimator.errors import InputError
+from estimator.ops.kernels.cross_entropy import cost
 from runtime.kernels import registry
 from runtime.kernels.cross_entropy import (
     LossOptions,
     VocabShard,
-    cost,
     cross_entropy,
     cross_entropy_reference,
     vocab_parallel_cross_entropy,
@@ -298,25 +298,27 @@ def test_rank_with_only_masked_tokens() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("early", [False, True])
-def test_cost_is_what_launches_touch(reduction: Reduction, early: bool) -> None:
+@pytest.mark.parametrize(("early", "factor"), [(False, 1.0), (False, 3.0), (True, 1.0), (True, 3.0)])
+def test_cost_is_what_launches_touch(reduction: Reduction, early: bool, factor: float) -> None:
     if early and reduction == "none":
         return
     logits, labels = case(torch.bfloat16, 6, 128)
     labels[:] = 3
-    forward, backward = cost(6, 128, "bf16", 2, reduction=reduction, early_gradient=early)
+    forward, backward = cost(
+        6, 128, "bf16", 2, reduction=reduction, early_gradient=early, factor_is_one=factor == 1
+    )  # fmt: skip
     leaf = logits.requires_grad_()
     with on_shim() as record:
         loss = cross_entropy(leaf, labels, LossOptions(reduction=reduction), early_gradient=early)
         touched = record.n_bytes
         n_forward = len(record.launches)
-        loss.backward(torch.ones_like(loss))
+        loss.backward(torch.full_like(loss, factor))
     unread = 4 if reduction == "mean" else 0  # of the normaliser's two numbers the sum reads one
     written_back = 6 * 128 * 2  # over the logits that were read
     assert touched - unread + early * written_back == forward.n_bytes
     assert n_forward == forward.launches
-    if early:
-        assert record.n_bytes - touched - written_back == backward.n_bytes == 4  # the factor 1: logits are not touched
+    if early and factor == 1:
+        assert record.n_bytes - touched - written_back == backward.n_bytes == 4  # the factor: logits are not touched
     else:
         assert record.n_bytes - touched + written_back == backward.n_bytes
     assert len(record.launches) - n_forward == backward.launches == 1

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from estimator.errors import InputError
-from runtime.kernels.grad_norm import cost, gradient_factor, squares, squares_reference
+from estimator.ops.kernels.grad_norm import cost
+from runtime.kernels.grad_norm import gradient_factor, squares, squares_reference
 from tests.runtime.kernels.checks import DTYPES, assert_close, needs_shim
 from tests.runtime.kernels.many import DEVICES, SIZES, clones, randoms, running, table_sizes
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from estimator.errors import InputError
+from estimator.ops.kernels.optimizer import cost
 from runtime.kernels.lamb import lamb_apply, lamb_apply_reference, lamb_moments, lamb_moments_reference, lamb_step
-from runtime.kernels.optimizer import cost
 from runtime.kernels.rules import Control, Lamb
 from tests.runtime.kernels.checks import assert_close, needs_shim
 from tests.runtime.kernels.many import DEVICES, SIZES, clones, randoms, running, table_sizes
@@ -151,7 +151,7 @@ def test_cost_is_what_the_launches_touch() -> None:
         table, n_chunks = arguments[:2]
         assert isinstance(table, Tensor) and isinstance(n_chunks, int)
         sizes.append(sum(table_sizes(kernel, table, n_chunks)))
-    entry = cost(RULE, sum(SIZES), 2, 2)
+    entry = cost("lamb", sum(SIZES), 2, 2)
     assert sizes == [sum(SIZES)] * 2
     assert entry.n_bytes == sum(SIZES) * ((4 + 2 * 8 + 2) + (8 + 2 * 4 + 2))
     assert len(record.launches) == entry.launches == 3

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from estimator.errors import InputError
-from runtime import functional
+from estimator.ops.kernels.linear_cross_entropy import cost
+from runtime.context import logits_memory, metered_by
+from runtime.kernels import registry
 from runtime.kernels.cross_entropy import LossOptions, cross_entropy
 from runtime.kernels.linear_cross_entropy import (
     _chunk_buffer,
-    cost,
-    default_chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
@@ -55,6 +55,13 @@ def near(got: Tensor, right: Tensor, dtype: torch.dtype, what: str) -> None:
     assert got.shape == right.shape and error <= 4 * STEP[dtype], f"{what}: {error}"
 
 
+def in_torch(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """As one would write it: ``h`` ``[B, S, D]``."""
+    with logits_memory():
+        logits = F.linear(h, weight, bias).flatten(0, 1).float()
+        return F.cross_entropy(logits, labels.flatten())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("bias", [False, True])
@@ -76,18 +83,81 @@ def test_values_and_gradients(dtype: torch.dtype, reduction: str, bias: bool) ->
         assert used.count("row_losses_and_gradients") == -(-23 // chunk)
 
 
-def test_replaces_the_runtimes_loss() -> None:
-    """Same arguments, same result as ``runtime.functional.linear_cross_entropy``; ``h`` is ``[B, S, D]``."""
+@pytest.mark.parametrize("off", [(), ("linear_cross_entropy",), ("linear_cross_entropy", "cross_entropy")])
+def test_whoever_does_it(off: tuple[str, ...]) -> None:
+    """In chunks, by ``cross_entropy`` on all logits, or in torch: same arguments, same result."""
     h, weight, bias, labels = case(torch.float32, rows=24)
     labels = labels.clamp(min=0).view(2, 12)
     leaves = [t.requires_grad_() for t in (h.view(2, 12, 16), weight, bias)]
-    right = functional.linear_cross_entropy(*leaves, labels)
-    for call in (linear_cross_entropy, linear_cross_entropy_reference):
-        with on_shim():
-            loss = call(*leaves, labels)
-            grads = torch.autograd.grad(loss, leaves)
-        torch.testing.assert_close(loss, right)
-        torch.testing.assert_close(grads, torch.autograd.grad(right, leaves, retain_graph=True))
+    right = in_torch(*leaves, labels)
+    with on_shim() as record, registry.switched_off(*off):
+        loss = linear_cross_entropy(*leaves, labels)
+        grads = torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close(loss, right)
+    torch.testing.assert_close(grads, torch.autograd.grad(right, leaves))
+    used = {kernel.name for kernel, _ in record.launches}
+    own = [
+        {"count_rows", "row_losses_and_gradients", "sum_rows", "scale_in_place"},
+        {"count_rows", "row_losses", "sum_rows", "row_gradients"},
+        set(),
+    ]
+    assert used == own[len(off)]
+
+
+def metered(
+    loss: Callable[..., Tensor], dtype: torch.dtype, bias: bool
+) -> list[tuple[int, str, int] | tuple[str, str]]:
+    """Every allocation (bytes, category, bytes) and its end (bytes, category, minus bytes) of forward and backward."""
+    shapes = ((2, 1500, 8), (1003, 8)) + ((1003,),) * bias
+    leaves = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
+    labels = torch.zeros(2, 1500, dtype=torch.int64, device="meta")
+    with metered_by(ledger := Ledger()):
+        for leaf in (*leaves, labels):
+            ledger.adopt(leaf, "activations")
+        ledger.enter("forward", "head")
+        ledger.open_scope()
+        value = loss(leaves[0], leaves[1], leaves[2] if bias else None, labels)
+        ledger.close_scope()
+        ledger.enter("backward", "head")
+        value.backward()
+    events = [e if isinstance(e[0], str) else (e[0].n_bytes, e[0].category, e[1]) for e in ledger._log.entries]
+    return events[2 + len(leaves) :]  # after adoption and "forward"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_reference_allocates_what_torch_does(dtype: torch.dtype, bias: bool) -> None:
+    assert metered(linear_cross_entropy_reference, dtype, bias) == metered(in_torch, dtype, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_allocations_in_chunks(dtype: torch.dtype, bias: bool) -> None:
+    """3,000 rows in chunks of 1,024; what lives on are the gradients and the loss; nothing else is ever allocated."""
+    size = dtype.itemsize
+    events = metered(linear_cross_entropy, dtype, bias)
+    backward = events.index(("backward", "head"))
+    born = [n for n, _, delta in events[:backward] if delta > 0]  # type: ignore[misc]
+    chunk, gradients = 1024 * 1024 * (2 if size == 2 else 4), [3000 * 8 * size, 1003 * 8 * size]
+    sums = [4 * 1003] if bias else []
+    assert born == [*gradients, *sums, chunk, 4 * 3000, 8, *sums * 2, 4]
+    assert {e[1] for e in events[:backward]} == {"logits_loss"}
+    kept = [*gradients, *sums, 4] + [8] * (dtype == torch.float16)
+    assert sum(e[2] for e in events[:backward]) == sum(kept)  # type: ignore[misc]
+    first = [e for e in events[backward + 1 :] if e[2] > 0]  # type: ignore[misc]
+    seed, rounded = (4, "temporaries", 4), (1003 * 2, "logits_loss", 1003 * 2)
+    factors = [(4, "logits_loss", 4)] * 2 if dtype == torch.float16 else []
+    assert first == [seed, *factors, *([rounded] if bias and size == 2 else [])]
+
+
+def test_allocations_of_the_loss_kernel_alone() -> None:
+    with registry.switched_off("linear_cross_entropy"):
+        events = metered(linear_cross_entropy, torch.bfloat16, False)
+    backward, logits, row = events.index(("backward", "head")), 3000 * 1003 * 2, 4 * 3000
+    assert [e[0] for e in events[:backward]] == [logits, row, 8, row, row, 4, row]  # the last one: losses, gone
+    assert {e[1] for e in events[:backward]} == {"logits_loss"}
+    products = [e[0] for e in events[backward + 1 :] if e[2] > 0]  # type: ignore[misc]
+    assert products == [4, 1003 * 8 * 2, 3000 * 8 * 2]  # the logits' gradient is where the logits were
 
 
 def test_fp16_survives_a_loss_scale() -> None:
@@ -142,13 +212,6 @@ def test_rows_of_an_odd_vocabulary_start_at_cache_lines() -> None:
     assert buffer.shape == (5, 50_257) and buffer.stride() == (50_304, 1)
 
 
-def test_chunks() -> None:
-    assert default_chunk_rows(8192, 4096, 128_256) == 1024  # 262 rows would do for the memory
-    assert default_chunk_rows(65_536, 8192, 32_000) == 32_768  # 16778 rows, next power of two
-    assert default_chunk_rows(100, 64, 1000) == 100
-    assert default_chunk_rows(0, 64, 1000) == 1
-
-
 def test_memory_on_a_gpu() -> None:
     """``meta`` stands for it: what is kept is the gradients, and logits are a chunk."""
     h = torch.empty(8192, 512, dtype=torch.bfloat16, device="meta", requires_grad=True)
@@ -175,7 +238,7 @@ def test_peak_memory() -> None:
 
     logits, grads = n_rows * vocab * 2, (n_rows + vocab) * width * 2
     row_bytes = 64 * n_rows  # labels, losses, statistics
-    whole = peak(lambda h, w, y: functional.linear_cross_entropy(h[None], w, None, y[None]))
+    whole = peak(lambda h, w, y: linear_cross_entropy_reference(h, w, None, y))
     in_place = peak(lambda h, w, y: cross_entropy(F.linear(h, w), y))
     chunked = peak(lambda h, w, y: linear_cross_entropy(h, w, None, y, chunk_rows=1024))
     assert 5 * logits <= whole
@@ -184,20 +247,23 @@ def test_peak_memory() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_cost_is_what_launches_touch(bias: bool) -> None:
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_cost_is_what_launches_touch(bias: bool, factor: float) -> None:
     h, weight, b, labels = case(torch.bfloat16, rows=24, vocab=128)
     labels = labels.clamp(min=0)
-    forward, backward = cost((24, 16, 128), "bf16", 2, bias=bias, chunk_rows=16)
+    forward, backward = cost((24, 16, 128), "bf16", 2, bias=bias, chunk_rows=16, factor_is_one=factor == 1)
     leaves = [t.requires_grad_() for t in (h, weight, b)]
     with on_shim() as record:
         loss = linear_cross_entropy(h, weight, b if bias else None, labels, chunk_rows=16)
         touched, n_forward = sum_of_launches(record), len(record.launches)
-        torch.autograd.backward(loss, inputs=leaves[: 3 if bias else 2])
+        torch.autograd.backward(loss, torch.tensor(factor), inputs=leaves[: 3 if bias else 2])
     losses = [op for op in forward if op.kind == "loss"]
     assert touched == sum(op.n_bytes for op in losses)
     assert n_forward == sum(op.launches for op in losses)
     assert len(record.launches) - n_forward == backward[0].launches
-    assert backward[0].n_bytes == 4 * backward[0].launches  # a factor of 1 each
+    scaled = record.launches[n_forward:]
+    assert backward[0].n_bytes == sum(4 + (0 if factor == 1 else 2 * x.numel() * x.itemsize) for _, (x, *_) in scaled)
+    assert backward[0].flops == (0 if factor == 1 else sum(x.numel() for _, (x, *_) in scaled))
     matmuls = [op for op in forward if op.kind == "matmul"]
     assert sum(op.flops for op in matmuls) == 3 * 2 * 24 * 16 * 128
     assert [op.shape for op in matmuls[:3]] == [(1, 16, 128, 16), (1, 16, 16, 128), (1, 128, 16, 16)]

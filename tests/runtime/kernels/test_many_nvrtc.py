@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from estimator.ops.kernels.chip import tile_of
 from runtime.kernels import bucket, grad_norm, lamb, optimizer
 from runtime.kernels.loader import Kernel
 from runtime.kernels.rules import Adagrad, Adam, Lion, Rule, Sgd
@@ -12,13 +13,13 @@ from tests.runtime.kernels import nvrtc
 
 nvrtc_module = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and nvidia-cuda-nvrtc")
 ARCHITECTURES = (80, 90, 100)
-META = torch.device("meta")
+TILE = tile_of(90)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FAMILIES = {"optimizer", "optimizer8", "lamb", "grad_norm", "bucket"}
 
 
 def step(rule: Rule, grad: torch.dtype, copy: torch.dtype | None, eight_bit: bool = False) -> Kernel:
-    return optimizer._kernel(rule.define, rule.n_states, eight_bit, grad, copy, META)
+    return optimizer._kernel(rule.name, eight_bit, grad, copy, TILE)
 
 
 def unrolled(kernel: Kernel, unroll: int) -> Kernel:
@@ -28,9 +29,9 @@ def unrolled(kernel: Kernel, unroll: int) -> Kernel:
 QUICK = [
     step(Adam(), BF16, BF16),
     step(Adam(), BF16, BF16, eight_bit=True),
-    lamb._kernel("lamb_moments", grad=BF16, copy=None, n_lists=4, device=META),
-    grad_norm._compiled(BF16, 256)[0],
-    bucket._kernel((BF16, BF16), META),
+    lamb._kernel("lamb_moments", grad=BF16, copy=None, n_lists=4, tile=TILE),
+    grad_norm._compiled(BF16, TILE)[0],
+    bucket._kernel((BF16, BF16), TILE),
 ]
 RULES = (Adam(decoupled=False), Sgd(), Sgd(nesterov=True), Lion(), Adagrad())
 ALL = [
@@ -38,10 +39,10 @@ ALL = [
     *(step(rule, grad, copy) for rule in RULES for grad, copy in ((FP16, FP16), (FP32, None))),
     step(Adam(), FP32, None),
     *(step(Adam(decoupled=False), grad, copy, eight_bit=True) for grad, copy in ((FP16, FP16), (FP32, None))),
-    lamb._kernel("lamb_moments", grad=FP32, copy=None, n_lists=4, device=META),
-    *(lamb._kernel("lamb_apply", grad=FP32, copy=copy, n_lists=3 + bool(copy), device=META) for copy in (BF16, None)),
-    *(kernel for dtype in (FP16, FP32) for kernel in grad_norm._compiled(dtype, 256)[:2]),
-    *(unrolled(bucket._kernel(types, META), n) for types in ((BF16, FP32), (FP32, FP16)) for n in (2, 4)),
+    lamb._kernel("lamb_moments", grad=FP32, copy=None, n_lists=4, tile=TILE),
+    *(lamb._kernel("lamb_apply", grad=FP32, copy=copy, n_lists=3 + bool(copy), tile=TILE) for copy in (BF16, None)),
+    *(kernel for dtype in (FP16, FP32) for kernel in grad_norm._compiled(dtype, TILE)[:2]),
+    *(unrolled(bucket._kernel(types, TILE), n) for types in ((BF16, FP32), (FP32, FP16)) for n in (2, 4)),
 ]
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from estimator.errors import InputError
+from estimator.ops.kernels.norm import NormCall, cost
 from runtime.kernels import norm
-from runtime.kernels.norm import NormCall, add_layer_norm, add_rms_norm, cost, layer_norm, rms_norm
+from runtime.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from tests.runtime.kernels.checks import DTYPES, assert_close, at_offset, gradients, needs_shim, on_shim, wide
 
 pytestmark = needs_shim

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from estimator.ops.kernels.norm import row_threads
 from runtime.kernels import activation, columns, dropout, loader, norm, rotary
 from runtime.kernels.loader import Kernel
 from tests.runtime.kernels import nvrtc
@@ -22,8 +23,8 @@ def norm_kernels(dtype: torch.dtype, width: int, rms: bool, flags: bool, pack: i
     """Forward and backward for whole accesses, with or without residual and dropout."""
     pack = pack or 16 // dtype.itemsize
     tile = loader.chip(META).tile
-    rows = norm._row_threads(width, pack, tile.row_elements)
-    rows_back = norm._row_threads(width, pack, tile.row_elements_backward)
+    rows = row_threads(width, pack, tile.row_elements)
+    rows_back = row_threads(width, pack, tile.row_elements_backward)
     common = {"RMS": int(rms), "BIAS": int(not rms), "DROPOUT": int(flags)}
     reload = int(rows_back.lanes > 512)
     return [

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from estimator.errors import InputError
+from estimator.ops.kernels.one_bit import cost
 from runtime.kernels.one_bit import (
     Signs,
-    cost,
     one_bit_pack,
     one_bit_pack_reference,
     one_bit_sum,

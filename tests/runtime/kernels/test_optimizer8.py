@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from estimator.errors import InputError
+from estimator.ops.kernels.optimizer import cost
 from runtime.kernels.blockwise8 import Blockwise8, decode, encode, map_values, zeros8
-from runtime.kernels.optimizer import cost, optimizer_step, optimizer_step_reference
+from runtime.kernels.optimizer import optimizer_step, optimizer_step_reference
 from runtime.kernels.rules import Adam, Control, Sgd
 from tests.runtime.kernels.checks import needs_shim
 from tests.runtime.kernels.many import DEVICES, SIZES, clones, randoms, running
@@ -175,7 +176,7 @@ def test_trains_as_with_fp32_moments() -> None:
 
 def test_cost() -> None:
     """Master 8, gradient 2, copy 2, codes 4, and 16 bytes of magnitudes for each 256 elements."""
-    entry = cost(Adam(), 512, 2, 2, eight_bit=True)
+    entry = cost("adamw", 512, 2, 2, eight_bit=True)
     assert entry.n_bytes == 16 * 512 + 2 * 2 * 8
     states = moments8((512,), "cpu")
     assert entry.n_bytes == 512 * (8 + 2 + 2) + 2 * sum(t.nbytes for group in states for x in group for t in x)

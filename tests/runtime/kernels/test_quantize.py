@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from estimator.errors import InputError
+from estimator.ops.kernels.quantize import code_bytes, cost
 from runtime.kernels.quantize import (
     FORMATS,
     Quantized,
-    code_bytes,
-    cost,
     dequantize_sum,
     dequantize_sum_reference,
     quantize,

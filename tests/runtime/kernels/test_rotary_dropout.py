@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from estimator.errors import InputError
-from runtime.kernels import dropout, rotary
+from estimator.ops.kernels import dropout, rotary
 from runtime.kernels.dropout import dropout_residual
 from runtime.kernels.philox import dropout_of, factors
 from runtime.kernels.rotary import rotate

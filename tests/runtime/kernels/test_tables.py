@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from estimator.errors import InputError
+from estimator.ops.kernels.tables import n_chunks, table_bytes
+from runtime.context import metered_by
 from runtime.kernels.tables import table_of
+from runtime.ledger import Ledger
 from tests.runtime.kernels.many import randoms
 
 
@@ -45,6 +48,23 @@ def test_meta_tensors_get_a_table_of_the_same_size() -> None:
     meta = table_of({"a": [x.to("meta") for x in a]}, chunk=8, pack=4)
     assert meta.values.is_meta
     assert (meta.values.shape, meta.n_chunks) == (real.values.shape, real.n_chunks)
+
+
+def test_a_ledger_does_not_see_tables() -> None:
+    """Whether there is one already depends on what ran before."""
+    tensors = [torch.empty(12_345, device="meta")]
+    with metered_by(ledger := Ledger()):
+        ledger.start_step()
+        table_of({"a": tensors}, chunk=32, pack=4)
+    assert ledger.report().peak_bytes == 0
+
+
+@pytest.mark.parametrize("sizes", [(10_000, 77, 0), (8,), (0,)])
+def test_sizes_are_those_of_the_estimator(sizes: tuple[int, ...]) -> None:
+    a, b = randoms(sizes), randoms(sizes, torch.bfloat16)
+    table = table_of({"a": a, "b": b}, {"side": [torch.zeros(1) for _ in a]}, chunk=8, pack=4)
+    assert table.n_chunks == n_chunks(sizes, 8)
+    assert table.values.numel() * 8 == table_bytes(sizes, 3, 8)
 
 
 @pytest.mark.parametrize(

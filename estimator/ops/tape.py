@@ -1,0 +1,124 @@
+"""What is recorded of a unit's forward pass: tensors, and the autograd nodes that read and make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from estimator.ops.kernels.chip import H200, Chip
+from estimator.ops.operator import Op
+from estimator.units import DTYPE_BYTES
+
+Ref = int
+"""A tensor's storage; views of it are the same ``Ref``."""
+
+TEMPORARIES = "temporaries"
+
+
+@dataclass(slots=True)
+class Tensor:
+    n_bytes: int
+    category: str
+    n_grad_bytes: int = 0
+    """Bytes of its gradient; 0 when it needs none."""
+    last_use: int = -1
+    """Last node during which Python still refers to it."""
+
+
+@dataclass(slots=True)
+class Node:
+    """One autograd node. Bytes beyond its output are temporaries of the pass."""
+
+    inputs: tuple[Ref, ...]
+    outputs: tuple[Ref, ...]
+    """Results that have a gradient."""
+    forward: tuple[Op, ...] = ()
+    backward: tuple[Op, ...] = ()
+    saves: tuple[Ref, ...] = ()
+    aux: tuple[Ref, ...] = ()
+    """Outputs that only its own backward reads (statistics, log-sum-exp)."""
+    forward_temp_bytes: int = 0
+    backward_temp_bytes: int = 0
+    param_grad_bytes: int = 0
+    """Fresh parameter gradients, gone once they are added to the flat buffer."""
+    pending_grad_bytes: int = 0
+    """Parameter gradients that wait for another use of the same parameter (tied embeddings)."""
+    settled_grad_bytes: int = 0
+    """Such gradients that this node adds to its own and so ends their wait."""
+    pending_category: str = TEMPORARIES
+    """Category of the gradients that wait, or end their wait, here."""
+    temp_category: str = TEMPORARIES
+    """Category of ``forward_temp_bytes``."""
+    passes_grad: bool = False
+    """Its backward hands on the incoming gradient itself (addition)."""
+    one_grad: bool = False
+    """Its inputs get one and the same new gradient."""
+    kept_grads: str = ""
+    """Category of the gradients that it returns where all of them are tensors that it kept (``saves``, ``aux``): its
+    backward then makes none."""
+    cached: bool = False
+    """Selective recomputation keeps its output."""
+    saves_after: bool = False
+    """Saved tensors are packed after the kernel ran (Python autograd functions), not before it."""
+
+
+@dataclass(slots=True)
+class Tape:
+    """What has been recorded of one unit. ``rows`` is tokens of one micro-batch; widths are elements."""
+
+    dtype: str
+    rows: int
+    kernels: frozenset[str] = frozenset()
+    """Kernels of the runtime that work on the device; plain torch does the rest."""
+    chip: Chip = H200
+    """Sizes of their launches."""
+    grad_dtype: str = ""
+    """Of the buffers that parameter gradients are added to; empty: ``dtype``."""
+    stat_bytes: int = 4
+    """Bytes of each of a row's two statistics that torch's LayerNorm keeps: fp32, but ``dtype`` on a CPU."""
+    tensors: list[Tensor] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    input: Ref = -1
+    output: Ref = -1
+    n_matmuls: int = 0
+
+    @property
+    def width(self) -> int:
+        """Bytes of one element of the activations' dtype."""
+        return DTYPE_BYTES[self.dtype]
+
+    # ---- tensors --------------------------------------------------------------------------------------------------
+
+    def tensor(self, n_bytes: int, category: str = "activations", grad: bool = True) -> Ref:
+        self.tensors.append(Tensor(n_bytes, category, n_bytes if grad else 0))
+        return len(self.tensors) - 1
+
+    def activation(self, width: int) -> Ref:
+        """A ``[rows, width]`` tensor of the activations' dtype."""
+        return self.tensor(self.rows * width * self.width)
+
+    def record(self, node: Node) -> Ref:
+        """Appends ``node``; its (first) output."""
+        self.nodes.append(node)
+        for ref in (*node.inputs, *node.aux, *node.outputs):
+            self.tensors[ref].last_use = max(self.tensors[ref].last_use, len(self.nodes) - 1)
+        return node.outputs[0]
+
+    def elementwise(
+        self, name: str, n_bytes: int, flops: int = 0, backward: bool = False, kind: str = "elementwise"
+    ) -> Op:
+        """One memory-bound operator of the activations' dtype."""
+        return Op(name, kind, backward, self.dtype, flops, n_bytes)  # type: ignore[arg-type]
+
+    def accumulate_grad(self, numel: int) -> Op:
+        """A parameter's gradient added to its place in the flat buffer: two reads and a write."""
+        n_bytes = numel * (self.width + 2 * DTYPE_BYTES[self.grad_dtype or self.dtype])
+        return self.elementwise("accumulate_grad", n_bytes, numel, backward=True)
+
+    @contextmanager
+    def call(self, *held: Ref) -> Iterator[None]:
+        """A Python call: its arguments stay referenced until it returns."""
+        yield
+        for ref in held:
+            self.tensors[ref].last_use = max(self.tensors[ref].last_use, len(self.nodes) - 1)
