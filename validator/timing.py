@@ -26,6 +26,37 @@ def wait(cuda: bool) -> None:
         torch.cuda.synchronize()
 
 
+_CYCLES_PER_S = 2e9
+"""At least a GPU's clock: holding it for too many cycles costs only time."""
+_SLACK_S = 2e-5
+
+
+def hold(seconds: float) -> None:
+    """Keeps the GPU's current stream busy for about ``seconds``."""
+    torch.cuda._sleep(round(seconds * _CYCLES_PER_S))
+
+
+def held_until_issued(call: Callable[[], Any], before: Callable[[], Any] | None = None) -> Callable[[], None]:
+    """``before``, and then a GPU's stream held for as long as the host needs to issue ``call``: what is timed after it are
+    the device's seconds, not the host's pace. Runs ``before`` and ``call`` twice to find out."""
+    issue_s = 0.0
+    for _ in range(2):
+        if before is not None:
+            before()
+        wait(True)
+        start = time.perf_counter()
+        call()
+        issue_s = time.perf_counter() - start
+    wait(True)
+
+    def ready() -> None:
+        if before is not None:
+            before()
+        hold(1.5 * issue_s + _SLACK_S)
+
+    return ready
+
+
 def time_call(
     call: Callable[[], Any], device: str, slice_s: float, *, agree: Callable[[int], int] = int, on_host: bool = False,
     before: Callable[[], Any] | None = None, min_repeats: int = 3,
@@ -33,11 +64,15 @@ def time_call(
     """Seconds of each repeat, of which there are ``min_repeats`` to 25 in about ``slice_s``; none if one takes far too long.
 
     ``agree`` makes all workers do the same number of repeats. ``on_host`` times the host's clock even on a GPU.
-    ``before`` runs ahead of every repeat and is not timed (to empty caches); without it short calls on a GPU are
-    timed many in a row.
+    ``before`` runs ahead of every call and is not timed (to empty caches, or to make what the call uses up); without it
+    short calls on a GPU are timed many in a row.
     """
     cuda = device != "cpu"
+    if before is not None:
+        before()
     call()
+    if before is not None:
+        before()
     wait(cuda)
     start = time.perf_counter()
     call()

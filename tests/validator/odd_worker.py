@@ -26,6 +26,7 @@ class SessionOptions:
     track_memory: bool
     seed: int
     reference: bool
+    nvme_folder: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Measurement:
     collective_calls: dict[str, int]
     copy_bytes: dict[str, int]
     losses: tuple[float, ...]
+    skipped_steps: int = 0
     device_step_seconds: tuple[float, ...] = ()
     copy_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     attribution: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -64,6 +66,11 @@ def run_session(
             pass
     if what == "crash" and rank == job.dp - 1:
         raise ArithmeticError("the flux capacitor is empty")
+    if what == "train-and-die":
+        torch.distributed.all_reduce(torch.ones(1))
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.all_reduce(torch.ones(1))
     if what == "die":
         sys.stderr.write("last gasp\n")
         sys.stderr.flush()

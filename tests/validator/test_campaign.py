@@ -172,7 +172,7 @@ def make_report(case: Case, **changes):
                "host_bytes": 0, "pinned_bytes": 0, "peak_allocated_bytes": 1000, "category_bytes_at_peak": {},
                "category_peak_bytes": {}, "phase_peak_bytes": {}, "phase_category_bytes": {}, "collective_bytes": {},
                "collective_calls": {}, "copy_bytes": {}, "copy_seconds": {}, "device_step_seconds": (), "attribution": {},
-               "parity": {}}  # fmt: skip
+               "parity": {}, "skipped_steps": 0}  # fmt: skip
     return replace(build_report(case, [RankResult(rank=case.rank, session=session)], {}), **changes)
 
 

@@ -214,6 +214,15 @@ def test_a_sudden_death_is_told(odd_worker, tmp_path, make_job):
         measure(Case(job=make_job(), backend="cpu", time_limit_s=60))
 
 
+def test_the_sudden_death_of_one_rank_is_told(odd_worker, tmp_path, make_job):
+    odd_worker("train-and-die")
+    start = time.monotonic()
+    with pytest.raises(MeasureError, match=r"crashed, rank 1 was killed by SIGKILL"):
+        measure(Case(job=make_job(n_gpus=2), backend="cpu", time_limit_s=120))
+    assert time.monotonic() - start < 60
+    assert still_running(tmp_path) == []
+
+
 def test_out_of_memory_is_a_result(odd_worker, tmp_path, make_job):
     odd_worker("out-of-memory")
     job = make_job(n_gpus=2)
@@ -289,7 +298,7 @@ def test_another_fake_rank_is_another_record(make_job, make_report, tmp_path, mo
 
 def test_live_bytes_above_the_capacity_do_not_fit(make_job):
     session = {
-        "step_seconds": (), "part_seconds": {}, "losses": (),
+        "step_seconds": (), "part_seconds": {}, "losses": (), "skipped_steps": 0,
         "peak_allocated_bytes": 177, "peak_phase": "forward", "peak_where": "embed", "category_bytes_at_peak": {"params": 177},
         "category_peak_bytes": {"params": 177}, "phase_peak_bytes": {"forward": 177}, "phase_category_bytes": {"forward": {"params": 177}}, "host_bytes": 0, "pinned_bytes": 0,
         "collective_bytes": {}, "collective_calls": {}, "copy_bytes": {}, "copy_seconds": {}, "device_step_seconds": (),

@@ -119,9 +119,9 @@ def test_cases_far_beyond_the_memory_come_last():
 
 def test_a_boundary_is_forecast_as_brute_force_would():
     settings = {"backend": "fake", "gpu": "rtx-4090", "model": "gpt2", "seq_len": 1024, "gpus": 1, "zero": 0}
-    boundary = Boundary(settings=settings, place=Place(), largest=64)
-    fitting = [n for n in range(1, 65) if predict(boundary.case_at(n).job).fits]
-    assert 1 < boundary.forecast() == max(fitting) < 64
+    boundary = Boundary(settings=settings, place=Place(), largest=128)
+    fitting = [n for n in range(1, 129) if predict(boundary.case_at(n).job).fits]
+    assert 1 < boundary.forecast() == max(fitting) < 128
     assert " mb" not in boundary.label
     hopeless = Boundary(settings={**settings, "model": "llama-3-8b"}, place=Place(), largest=64)
     assert hopeless.forecast() == 0

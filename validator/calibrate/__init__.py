@@ -19,7 +19,6 @@ from estimator.time.profile_file import save_profile
 from validator import provenance
 from validator.calibrate.build import build_profile, left_out
 from validator.calibrate.describe import describe
-from validator.calibrate.files import require_folder
 from validator.calibrate.nccl_tests import import_nccl_tests, read_nccl_tests, require_same_gpu, with_nccl_tests
 from validator.calibrate.partial import Partial
 from validator.calibrate.tasks import DEFAULT_DTYPES, DTYPES, Device, Effort, task_of, tasks_for
@@ -71,7 +70,7 @@ def calibrate(
     budget_s = DEFAULT_BUDGET_S[device] if budget_s is None else budget_s
     if not budget_s > 0:
         raise InputError(f"budget_s is {budget_s!r}; allowed: a number > 0")
-    folder = None if nvme is None else require_folder(nvme)
+    folder = None if nvme is None else _folder(nvme)
     n_gpus = _require_cuda(gpu) if device == "cuda" else 0
     imported = read_nccl_tests(nccl_tests) if nccl_tests else None
     if imported is not None:
@@ -79,8 +78,11 @@ def calibrate(
     counts = _counts(workers, n_gpus)
     cores = available_cores()
     rounds = {n: tasks_for(device, n, dtypes, effort, cores=cores, files=folder is not None) for n in counts}
-    partial = Partial(out, _machine(device, cores, gpu, folder))
+    off = _kernels_off() if device == "cuda" else ""
+    partial = Partial(out, _machine(device, cores, gpu, folder) | ({"kernels off": off} if off else {}))
     notes = (*_busy(cores), *partial.notes)
+    if off:
+        notes += (f"kernels were switched off, plain torch was measured in their place: {off}",)
     planned = {task.key(n): task for n, tasks in rounds.items() for task in tasks}
 
     def tell(key: str) -> None:
@@ -134,6 +136,20 @@ def _machine(device: str, cores: int, gpu: Gpu | None, folder: Path | None) -> d
         "host": platform.node(),
         "folder": str(folder or ""),
     }
+
+
+def _folder(nvme: str | Path) -> Path:
+    """Checked where torch may be loaded: without the flag this process does without it."""
+    from validator.calibrate.files import require_folder
+
+    return require_folder(nvme)
+
+
+def _kernels_off() -> str:
+    """Names of the runtime's kernels that the environment switches off."""
+    from runtime.kernels import registry
+
+    return ", ".join(name for name in registry.KERNELS if not registry.enabled(name))
 
 
 def _busy(cores: int) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ KERNEL_KINDS = {
     "cross_entropy": "loss", "adamw": "fused_step",
 }  # fmt: skip
 """Kernels whose points serve an ``Op`` name or kind of the estimator; the others keep their own name."""
+GPU_KERNEL_KINDS = KERNEL_KINDS | {"optimizer_step": "adam_step", "sgd": "sgd_step", "dropout_add": "dropout_residual"}
+"""On a GPU, where the runtime's own kernels do the work."""
 
 _INDISPENSABLE = ("matmul", "attention", "bandwidth", "copies", "host_points")
 
@@ -56,6 +58,9 @@ def build_profile(
         if task.kind == "host":
             host[workers][task.name] = (seconds / result["work"], spread)
         else:
+            if task.kind == "bandwidth":
+                kinds = KERNEL_KINDS if gpu is None else GPU_KERNEL_KINDS
+                task = task._replace(name=kinds.get(task.name, task.name))
             kind, point = _point(task, workers, max(1, cores // workers), result["work"], seconds, spread)
             points[kind].append(point)
     points["host_points"] = _host_points(host, cores)
@@ -100,8 +105,7 @@ def _point(task: Task, workers: int, threads: int, work: float, seconds: float, 
             task.dtype, task.name, seq_len, head_dim, rate, n_heads=heads, n_kv_heads=kv_heads, **at
         )
     if task.kind == "bandwidth":
-        kind = KERNEL_KINDS.get(task.name, task.name)
-        return "bandwidth", BandwidthPoint(kind, task.dtype, int(work), rate, task.backward, **at)
+        return "bandwidth", BandwidthPoint(task.name, task.dtype, int(work), rate, task.backward, **at)
     if task.kind == "copy":
         return "copies", CopyPoint(task.name, int(work), rate, task.pinned, workers, spread)
     if task.kind == "collective":

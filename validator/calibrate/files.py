@@ -10,15 +10,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from estimator.errors import InputError
+from estimator.schedule.nvme import FILE_ALIGNMENT_BYTES
 from estimator.units import MIB, format_bytes
+from runtime.offload.direct import IN_MEMORY, file_system, open_direct
 from validator.calibrate.prepared import Prepared, Skip
 from validator.calibrate.tasks import Task
 
-_ALIGNMENT = 4096
 _CALL_BYTES = 64 * MIB
 """About what one timed call moves; less where blocks are small, so that slow disks finish."""
 _CALL_BLOCKS = 256
-_IN_MEMORY = ("tmpfs", "ramfs")
 
 
 def require_folder(folder: str | Path) -> Path:
@@ -62,16 +62,14 @@ def prepare_file(task: Task, folder: Path) -> Prepared:
 def _scratch(folder: Path, n_bytes: int) -> int:
     """Descriptor of a file of ``n_bytes`` random bytes without a name: whatever ends this process, nothing is left of it."""
     kind = file_system(folder)
-    if kind in _IN_MEMORY:
+    if kind in IN_MEMORY:
         raise Skip(f"{str(folder)!r} is on {kind}, which is memory, not a disk")
     free = shutil.disk_usage(folder).free
     if free < 2 * n_bytes:
         raise Skip(f"{str(folder)!r} has {format_bytes(free)} free, the file needs {format_bytes(n_bytes)}")
-    if not hasattr(os, "O_DIRECT"):
-        raise Skip("this operating system has no direct file access (O_DIRECT)")
     path = folder / f".zerocast-calibrate-{os.getpid()}"
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
+        file = open_direct(path, os.O_CREAT | os.O_EXCL)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise Skip(f"the file system ({kind}) of {str(folder)!r} refuses direct access: {error.strerror}") from None
@@ -92,21 +90,5 @@ def _scratch(folder: Path, n_bytes: int) -> int:
 
 def _aligned(n_bytes: int) -> mmap.mmap:
     """Page-aligned memory, as direct access wants it."""
-    assert n_bytes % _ALIGNMENT == 0
+    assert n_bytes % FILE_ALIGNMENT_BYTES == 0
     return mmap.mmap(-1, n_bytes)
-
-
-def file_system(folder: Path) -> str:
-    """Kind of file system that ``folder`` is on, ``"ext4"`` for example; ``"unknown"`` where it cannot be told."""
-    try:
-        lines = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    real = folder.resolve()
-    best, kind = -1, "unknown"
-    for line in lines:
-        _, mounted, name, *_ = line.split(" ")
-        place = Path(mounted.replace("\\040", " "))
-        if real.is_relative_to(place) and len(place.parts) >= best:
-            best, kind = len(place.parts), name
-    return kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ from validator.calibrate import copies, files, host, products
 from validator.calibrate.collectives import prepare_collective
 from validator.calibrate.prepared import Prepared
 from validator.calibrate.tasks import Task
+from validator.kernels.implementation import check, default
 from validator.kernels.table import kernel
-from validator.timing import TORCH_DTYPES, filled, time_call, wait
+from validator.timing import TORCH_DTYPES, filled, held_until_issued, hold, time_call, wait
 
 _TOKENS = {"cpu": 2048, "cuda": 16384}
 _BACKWARD_FLOPS = 2.5
@@ -65,9 +67,16 @@ def _attention(task: Task, device: str) -> Prepared:
 
 
 def _bandwidth(task: Task, device: str) -> Prepared:
-    """A kernel of the table in plain torch, which is what the runtime runs; bytes are the estimator's count."""
-    found = kernel(task.name, task.backward).prepare(task.sizes[0], task.dtype, device, "torch")
-    return Prepared(found.call, float(found.n_bytes))
+    """A kernel of the table as the runtime runs it here: its own on a GPU unless it is switched off, else plain torch; bytes
+    are the estimator's count for that."""
+    on_gpu = device != "cpu"
+    implementation = default(task.name, "cuda" if on_gpu else "cpu")
+    found = kernel(task.name, task.backward).prepare(task.sizes[0], task.dtype, device, implementation)
+    if on_gpu:
+        if found.before is not None:
+            found.before()
+        check(task.name, implementation, found.call)
+    return Prepared(found.call, float(found.n_bytes), before=found.before)
 
 
 def warm_up(device: str, seconds: float) -> None:
@@ -80,19 +89,21 @@ def warm_up(device: str, seconds: float) -> None:
 
 
 _SHORT_S = 2e-3
-_CYCLES_PER_S = 2e9
-"""At least a GPU's clock: holding it for too many cycles costs only time."""
 
 
 def time_task(prepared: Prepared, device: str, slice_s: float, agree: Callable[[int], int]) -> list[float]:
     """Seconds of one call, for each repeat in about ``slice_s``; none if one takes far too long (see ``time_call``).
 
     Short work of a GPU is timed many in a row behind a kernel that holds the stream until all are issued: otherwise
-    the host's pace would be measured. ``agree`` makes all workers do the same.
+    the host's pace would be measured. What needs something done before each call is timed call by call, held likewise.
+    ``agree`` makes all workers do the same.
     """
     call, before = prepared.call, prepared.before
     inner = 1
-    if device != "cpu" and not prepared.on_host and before is None:
+    on_gpu = device != "cpu" and not prepared.on_host
+    if on_gpu and before is not None:
+        before = held_until_issued(call, before)
+    elif on_gpu:
         call()
         wait(True)
         start = time.perf_counter()
@@ -102,7 +113,7 @@ def time_task(prepared: Prepared, device: str, slice_s: float, agree: Callable[[
         once_s = time.perf_counter() - start
         inner = agree(max(1, min(50, round(_SHORT_S / once_s))))
         if inner > 1:
-            before = _hold(1.5 * inner * issue_s)
+            before = partial(hold, 1.5 * inner * issue_s)
     seconds = time_call(
         call if inner == 1 else lambda: _repeat(call, inner), device, slice_s, agree=agree, on_host=prepared.on_host,
         before=before,
@@ -113,8 +124,3 @@ def time_task(prepared: Prepared, device: str, slice_s: float, agree: Callable[[
 def _repeat(call: Callable[[], object], times: int) -> None:
     for _ in range(times):
         call()
-
-
-def _hold(seconds: float) -> Callable[[], None]:
-    """Keeps the current stream busy for about ``seconds``."""
-    return lambda: torch.cuda._sleep(round(seconds * _CYCLES_PER_S))

@@ -58,6 +58,16 @@ MAIN_KERNELS = (
     ("optimizer_step", False), ("grad_norm", False),
 )  # fmt: skip
 """Of ``validator.kernels.table``: what forecasts look up, forward and backward."""
+GPU_KERNELS = (
+    ("add_rms_norm", False), ("add_rms_norm", True), ("add_layer_norm", False), ("add_layer_norm", True), ("sgd", False),
+)  # fmt: skip
+"""And on a GPU, where these are kernels of their own."""
+UNUSED_KERNELS = (
+    "linear_cross_entropy", "lion", "adagrad", "lamb", "adamw8", "quantize_int8", "dequantize_int8",
+)  # fmt: skip
+"""Kernels of the table that no forecast asks for; the head and its loss are products and ``cross_entropy``."""
+CPU_UNUSED_KERNELS = (*UNUSED_KERNELS, "sgd")
+"""On a CPU steps are forecast by the rate of fused Adam."""
 
 STREAMING_KERNELS = ("add", "accumulate_grad")
 

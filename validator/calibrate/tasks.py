@@ -130,8 +130,10 @@ def _bandwidth(device: str, workers: int, dtypes: tuple[str, ...], quick: bool) 
     from validator.kernels.table import KERNELS
 
     byte_sizes = of.QUICK_BYTES if quick else of.CPU_BYTES if device == "cpu" else of.CUDA_BYTES
-    named = {(k.name, k.backward): k for k in KERNELS}
-    main = [named[name, backward] for name, backward in of.MAIN_KERNELS[: 6 if quick else None]]
+    unused = of.CPU_UNUSED_KERNELS if device == "cpu" else of.UNUSED_KERNELS
+    named = {(k.name, k.backward): k for k in KERNELS if k.name not in unused}
+    first = of.MAIN_KERNELS if device == "cpu" else of.MAIN_KERNELS + of.GPU_KERNELS
+    main = [named[which] for which in first[: 6 if quick else None]]
     found = [
         Task("bandwidth", k.name, d, (size,), k.backward)
         for size in byte_sizes
@@ -143,7 +145,7 @@ def _bandwidth(device: str, workers: int, dtypes: tuple[str, ...], quick: bool) 
         found[:0] = [Task("bandwidth", name, d, (of.BIG_BYTES,)) for name in of.STREAMING_KERNELS for d in dtypes]
     if workers > 1 or quick:
         return found
-    others = [k for k in KERNELS if (k.name, k.backward) not in of.MAIN_KERNELS]
+    others = [k for which, k in named.items() if which not in first]
     return found + [
         Task("bandwidth", k.name, d, (size,), k.backward)
         for size in byte_sizes[:2]

@@ -232,8 +232,8 @@ def _case_of(reports: Sequence[Report], forecasts: Mapping[str, StepReport]) -> 
 def _what(report: Report) -> dict[str, Any]:
     """Enough to measure the same again."""
     if isinstance(report, KernelReport):
-        names = ("kernel", "backward", "implementation", "device", "dtype")
-        return {n: getattr(report, n) for n in names} | {"shape": list(report.shape), "n_bytes": report.counted_bytes}
+        names = ("kernel", "backward", "both", "implementation", "device", "dtype")
+        return {n: getattr(report, n) for n in names} | {"shape": list(report.shape), "n_bytes": report.asked_bytes}
     return report.job if isinstance(report, StepReport) else {}
 
 

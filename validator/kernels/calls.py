@@ -1,12 +1,10 @@
-"""Operands and calls of the kernels in ``table``: the functions that the runtime itself uses.
+"""Operands of the kernels in ``table``, and the call of one implementation on them.
 
-Shapes: R rows, W width of the main operand. What the runtime has no function for is plain torch. ``cuda`` calls
-``runtime.kernels`` itself.
+Shapes: R rows, W width of the main operand.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,16 +15,12 @@ from torch import Tensor
 
 from estimator.errors import InputError
 from estimator.ops.operator import Op
-from estimator.schedule.buffers import UPDATE_CHUNK_NUMEL
-from runtime import functional
-from runtime.optimizer import OptimizerConfig, Shard, step_shard, update
-from validator.kernels.implementation import missing
-from validator.kernels.table import SMALL_TENSORS, Kernel, embedding_table_rows
+from runtime.kernels.blockwise8 import Blockwise8, zeros8
+from runtime.kernels.quantize import quantize_reference
+from validator.kernels.functions import ACTIVATIONS, GATES, RULES, Flat, Function, function
+from validator.kernels.implementation import USES_UP, missing
+from validator.kernels.table import HEAD_DIM, QUANTIZED, SMALL_TENSORS, Kernel, embedding_table_rows, vocabulary
 from validator.timing import TORCH_DTYPES, filled
-
-_EPS = 1e-5
-_HEAD_DIM = 64
-_OPTIMIZER = OptimizerConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +34,10 @@ class Prepared:
     """The estimator's operators for it."""
     least_bytes: int
     """Every operand read once and every result written once: no implementation moves less."""
+    operand_bytes: int = 0
+    """Of everything that is there before the call and that it reads."""
+    before: Callable[[], Any] | None = None
+    """Runs ahead of every call and is not part of it: makes again what a call uses up."""
 
     @property
     def n_bytes(self) -> int:
@@ -51,7 +49,7 @@ class Prepared:
         return round(sum(op.flops for op in self.ops))
 
 
-class _Bound(NamedTuple):
+class Bound(NamedTuple):
     """The forward call; which operands it reads; for backward: leaves that get a gradient, what backward reads besides
     the gradient of the result."""
 
@@ -59,21 +57,21 @@ class _Bound(NamedTuple):
     reads: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...] = ()
     saved: tuple[Tensor, ...] = ()
-    n_written_bytes: int | None = None
-    """Where it is not the size of the result: operators in place."""
+    writes: tuple[Tensor, ...] | None = None
+    """Where that is not the result: operators in place."""
 
 
-class _Make:
-    """Makes operands of one dtype on one device; ``ours`` says whose function is wanted."""
+class Make:
+    """Makes operands of one dtype on one device, and knows the function of one implementation."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str, device: str, implementation: str = "torch") -> None:
         self.rows, self.width = shape
-        self.ours = implementation == "cuda"
+        self.implementation = implementation
         self.dtype, self.device = TORCH_DTYPES[dtype], device
 
-    def pick(self, module: str, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """``runtime.kernels.<module>.<name>`` where our own implementation is wanted, else ``plain``."""
-        return getattr(importlib.import_module(f"runtime.kernels.{module}"), name) if self.ours else plain
+    def function(self, kernel: str) -> Function:
+        """Of the wanted implementation."""
+        return function(kernel, self.implementation)
 
     def main(self) -> Tensor:
         """``[R, W]``"""
@@ -100,226 +98,243 @@ def prepare(kernel: Kernel, shape: tuple[int, ...], dtype: str, device: str, imp
     reason = missing(kernel.name, implementation, device)
     if reason:
         raise InputError(reason)
-    ops = kernel.ops(shape, dtype)
-    bound = _BUILDERS[kernel.name](_Make(shape, dtype, device, implementation))
-    if not kernel.backward:
-        result = bound.forward()
-        written = bound.n_written_bytes
-        written = _size(_tensors(result)) if written is None else written
-        return Prepared(call=bound.forward, shape=shape, ops=ops, least_bytes=_size(bound.reads) + written)
+    make = Make(shape, dtype, device, implementation)
+    return prepared(kernel, bound(kernel.name, make), make, kernel.ops(shape, dtype, implementation))
+
+
+def bound(kernel: str, make: Make) -> Bound:
+    """Operands of the table's ``kernel`` and its forward call."""
+    return _BUILDERS[kernel](make)
+
+
+def prepared(kernel: Kernel, bound: Bound, make: Make, ops: tuple[Op, ...]) -> Prepared:
+    """One direction of ``bound``, or both."""
+    shape, operand_bytes = (make.rows, make.width), _size(bound.reads)
     outputs = _tensors(bound.forward())
-    incoming = tuple(torch.full_like(out, 0.01) for out in outputs)
-    least_bytes = _size(bound.saved) + _size(incoming) + _size(bound.leaves)
+    first_bytes = operand_bytes + _size(outputs if bound.writes is None else bound.writes)
+    if not (kernel.backward or kernel.both):
+        return Prepared(call=bound.forward, shape=shape, ops=ops, least_bytes=first_bytes, operand_bytes=operand_bytes)
+    incoming = tuple(torch.full_like(out, 0.01) if out.ndim else torch.ones_like(out) for out in outputs)
+    second_bytes = _size(bound.saved) + _size(incoming) + _size(bound.leaves)
+    call, before = _backward(kernel, bound, make.implementation, incoming)
     return Prepared(
-        call=lambda: torch.autograd.grad(outputs, bound.leaves, incoming, retain_graph=True),
-        shape=shape, ops=ops, least_bytes=least_bytes,
+        call=call, shape=shape, ops=ops, least_bytes=second_bytes + (first_bytes if kernel.both else 0),
+        operand_bytes=operand_bytes, before=before,
     )  # fmt: skip
+
+
+def _backward(
+    kernel: Kernel, bound: Bound, implementation: str, incoming: tuple[Tensor, ...]
+) -> tuple[Callable[[], Any], Callable[[], Any] | None]:
+    """The call, and what runs ahead of each.
+
+    A backward pass that can run again is repeated on the same graph; where it uses its graph up (``compile``, ``liger`` and
+    ``USES_UP``), a forward pass that is not timed goes ahead of each. What is overwritten on the way is put back.
+    """
+    uses_up = implementation in ("compile", "liger") or (kernel.name, implementation) in USES_UP
+    overwrites = implementation == "liger" or (implementation == "cuda" and uses_up)
+    put_back = _putting_back((*bound.reads, *incoming)) if overwrites else None
+    if kernel.both:
+        return lambda: torch.autograd.grad(_tensors(bound.forward()), bound.leaves, incoming), put_back
+    if not uses_up:
+        outputs = _tensors(bound.forward())
+        return lambda: torch.autograd.grad(outputs, bound.leaves, incoming, retain_graph=True), None
+    graph: list[tuple[Tensor, ...]] = []
+
+    def before() -> None:
+        graph.clear()
+        if put_back is not None:
+            put_back()
+        graph.append(_tensors(bound.forward()))
+
+    return lambda: torch.autograd.grad(graph[0], bound.leaves, incoming), before
+
+
+def _putting_back(tensors: tuple[Tensor, ...]) -> Callable[[], None]:
+    """Restores the present values of ``tensors``."""
+    copies = [(t.detach(), t.detach().clone()) for t in tensors]
+
+    def put_back() -> None:
+        for tensor, copy in copies:
+            tensor.copy_(copy)
+
+    return put_back
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
     if result is None:
         return ()
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
+    return tuple(t for t in result if isinstance(t, Tensor)) if isinstance(result, tuple | list) else (result,)
 
 
 def _size(tensors: tuple[Tensor, ...]) -> int:
     return sum(t.numel() * t.itemsize for t in tensors)
 
 
-def _copy(m: _Make) -> _Bound:
+def _copy(m: Make) -> Bound:
     source, target = m.main(), m.main()
-    return _Bound(lambda: target.copy_(source), (source,))
+    return Bound(lambda: target.copy_(source), (source,))
 
 
-def _cast_to_fp32(m: _Make) -> _Bound:
+def _cast_to_fp32(m: Make) -> Bound:
     source, target = m.main(), m.main().float()
-    return _Bound(lambda: target.copy_(source), (source,))
+    return Bound(lambda: target.copy_(source), (source,))
 
 
-def _cast_from_fp32(m: _Make) -> _Bound:
+def _cast_from_fp32(m: Make) -> Bound:
     source, target = m.main().float(), m.main()
-    return _Bound(lambda: target.copy_(source), (source,))
+    return Bound(lambda: target.copy_(source), (source,))
 
 
-def _pieces(m: _Make) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _bucket(name: str) -> Callable[[Make], Bound]:
     """A bucket, its slices, and small tensors of their sizes."""
-    bucket = m.main().flatten()
-    slices = list(bucket.tensor_split(min(m.rows, SMALL_TENSORS)))
-    return bucket, slices, [piece.clone() for piece in slices]
+
+    def bind(m: Make) -> Bound:
+        bucket = m.main().flatten()
+        slices = list(bucket.tensor_split(min(m.rows, SMALL_TENSORS)))
+        small, move = [piece.clone() for piece in slices], m.function(name)
+        one, many = (bucket,), tuple(small)
+        reads, writes = (many, one) if name == "flatten" else (one, many)
+        return Bound(lambda: move(small, slices, bucket), reads, writes=writes)
+
+    return bind
 
 
-def _flatten(m: _Make) -> _Bound:
-    bucket, slices, small = _pieces(m)
-    flatten = m.pick("bucket", "flatten", lambda small, _: torch._foreach_copy_(slices, small))
-    return _Bound(lambda: flatten(small, bucket), (bucket,), n_written_bytes=_size((bucket,)))
-
-
-def _unflatten(m: _Make) -> _Bound:
-    bucket, slices, small = _pieces(m)
-    unflatten = m.pick("bucket", "unflatten", lambda _, small: torch._foreach_copy_(small, slices))
-    return _Bound(lambda: unflatten(bucket, small), (bucket,), n_written_bytes=_size((bucket,)))
-
-
-def _add(m: _Make) -> _Bound:
+def _add(m: Make) -> Bound:
     a, b = m.main(), m.main()
-    return _Bound(lambda: a + b, (a, b))
+    return Bound(lambda: a + b, (a, b))
 
 
-def _accumulate_grad(m: _Make) -> _Bound:
+def _accumulate_grad(m: Make) -> Bound:
     bucket, grad = m.main(), m.main().mul_(1e-6)
-    return _Bound(lambda: bucket.add_(grad), (bucket, grad))
+    return Bound(lambda: bucket.add_(grad), (bucket, grad))
 
 
-def _activation(name: str) -> Callable[[_Make], _Bound]:
-    def bind(m: _Make) -> _Bound:
-        plain = functional.activate if name != "relu_squared" else lambda x, _: F.relu(x).square()
-        x, activate = m.leaf(), m.pick("activation", "activate", plain)
-        return _Bound(lambda: activate(x, name), (x,), (x,), (x,))
-
-    return bind
-
-
-def _gated(name: str) -> Callable[[_Make], _Bound]:
-    def bind(m: _Make) -> _Bound:
-        gate, up, activate = m.leaf(), m.leaf(), m.pick("activation", "gated_activate", functional.gated_activate)
-        return _Bound(lambda: activate(gate, up, name), (gate, up), (gate, up), (gate, up))
+def _activation(name: str) -> Callable[[Make], Bound]:
+    def bind(m: Make) -> Bound:
+        x, activate = m.leaf(), m.function(name)
+        return Bound(lambda: activate(x), (x,), (x,), (x,))
 
     return bind
 
 
-def _rms_norm(m: _Make) -> _Bound:
-    x, weight, norm = m.leaf(), m.weight(), m.pick("norm", "rms_norm", functional.rms_norm)
-    return _Bound(lambda: norm(x, weight, _EPS), (x, weight), (x, weight), (x, weight))
+def _gated(name: str) -> Callable[[Make], Bound]:
+    def bind(m: Make) -> Bound:
+        gate, up, activate = m.leaf(), m.leaf(), m.function(name)
+        return Bound(lambda: activate(gate, up), (gate, up), (gate, up), (gate, up))
+
+    return bind
 
 
-def _layer_norm(m: _Make) -> _Bound:
-    x, weight, bias, norm = m.leaf(), m.weight(), m.weight(), m.pick("norm", "layer_norm", _torch_layer_norm)
-    forward = lambda: norm(x, weight, bias, _EPS)  # noqa: E731
-    return _Bound(forward, (x, weight, bias), (x, weight, bias), (x, weight))
+def _norm(name: str) -> Callable[[Make], Bound]:
+    def bind(m: Make) -> Bound:
+        x, norm = m.leaf(), m.function(name)
+        params = (m.weight(),) if name == "rms_norm" else (m.weight(), m.weight())
+        return Bound(lambda: norm(x, *params), (x, *params), (x, *params), (x, params[0]))
+
+    return bind
 
 
-def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
-def _add_norm(name: str, *bias: None) -> Callable[[_Make], _Bound]:
+def _add_norm(name: str) -> Callable[[Make], Bound]:
     """The norm of the residual stream with ``x`` added to it, and that sum: both are results."""
 
-    def bind(m: _Make) -> _Bound:
-        residual, weight, x = m.leaf(), m.weight(), m.main()
-        plain: Any = functional.rms_norm if name == "add_rms_norm" else _torch_layer_norm
-
-        def both(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-            h = residual + x
-            return plain(h, *rest), h
-
-        add_norm = m.pick("norm", name, both)
-        forward = lambda: add_norm(x, residual, weight, *bias, _EPS)  # noqa: E731
-        return _Bound(forward, (residual, x, weight), (residual, weight), (residual, weight))
+    def bind(m: Make) -> Bound:
+        residual, x, add_norm = m.leaf(), m.main(), m.function(name)
+        params = (m.weight(),) if name == "add_rms_norm" else (m.weight(), m.weight())
+        forward = lambda: add_norm(x, residual, *params)  # noqa: E731
+        return Bound(forward, (residual, x, *params), (residual, *params), (residual, params[0]))
 
     return bind
 
 
-def _rotary(m: _Make) -> _Bound:
-    x = m.main().view(1, m.rows, -1, _HEAD_DIM).requires_grad_()
-    angles = torch.full((m.rows, _HEAD_DIM // 2), 0.5, device=m.device)
+def _rotary(m: Make) -> Bound:
+    x = m.main().view(1, m.rows, -1, HEAD_DIM).requires_grad_()
+    angles = torch.full((m.rows, HEAD_DIM // 2), 0.5, device=m.device)
     cos, sin = angles.cos().to(m.dtype), angles.sin().to(m.dtype)
-    rotate = m.pick("rotary", "rotate", functional.rotate)
-    return _Bound(lambda: rotate(x, cos, sin), (x, cos, sin), (x,), (cos, sin))
+    rotate = m.function("rotary")
+    return Bound(lambda: rotate(x, cos, sin), (x, cos, sin), (x,), (cos, sin))
 
 
-def _cross_entropy(m: _Make) -> _Bound:
-    logits, labels = m.leaf(), m.indices(m.width)
-    return _Bound(lambda: F.cross_entropy(logits.float(), labels), (logits, labels), (logits,), (logits, labels))
+def _cross_entropy(m: Make) -> Bound:
+    logits, labels, loss = m.leaf(), m.indices(m.width), m.function("cross_entropy")
+    return Bound(lambda: loss(logits, labels), (logits, labels), (logits,), (logits, labels))
 
 
-def _embedding(m: _Make) -> _Bound:
+def _linear_cross_entropy(m: Make) -> Bound:
+    h, labels = m.leaf(), m.indices(vocabulary(m.width))
+    weight = filled((vocabulary(m.width), m.width), m.device, m.dtype).mul_(m.width**-0.5).requires_grad_()
+    loss = m.function("linear_cross_entropy")
+    return Bound(lambda: loss(h, weight, labels), (h, weight, labels), (h, weight), (h, weight, labels))
+
+
+def _embedding(m: Make) -> Bound:
     table = filled((embedding_table_rows(m.rows), m.width), m.device, m.dtype).requires_grad_()
     ids = m.indices(len(table))
     looked_up = torch.empty(m.rows, m.width, dtype=m.dtype, device="meta")
-    return _Bound(lambda: F.embedding(ids, table), (ids, looked_up), (table,), (ids,))
+    return Bound(lambda: F.embedding(ids, table), (ids, looked_up), (table,), (ids,))
 
 
-def _dropout_add(m: _Make) -> _Bound:
-    x, residual = m.leaf(), m.main()
-    add = m.pick("dropout", "dropout_residual", lambda x, residual, p: residual + F.dropout(x, p))
-    return _Bound(lambda: add(x, residual, 0.1), (x, residual), (x,))
+def _dropout_add(m: Make) -> Bound:
+    x, residual, add = m.leaf(), m.main(), m.function("dropout_add")
+    return Bound(lambda: add(x, residual), (x, residual), (x,))
 
 
-def _adamw(m: _Make) -> _Bound:
-    param, grad, first, second = (m.flat32() for _ in range(4))
-    second.square_()
-    step = torch.ones((), device=m.device)
-    operands, written = (param, grad, first, second), 12 * param.numel()
-    if m.ours:
-        return _Bound(_own_step(param, grad, [first, second], step), operands, n_written_bytes=written)
+def _step(name: str) -> Callable[[Make], Bound]:
+    """``adamw`` is the fp32 step alone; the others take gradients of the main dtype times a factor and write parameters in
+    that dtype too."""
 
-    def forward() -> None:
-        update("adamw", _OPTIMIZER, _OPTIMIZER.lr, step, param, grad, [first, second])
+    def bind(m: Make) -> Bound:
+        alone, rule, eight_bit = name == "adamw", RULES[name], name == "adamw8"
+        master, grads = m.flat32(), m.main().flatten()
+        target = m.main().flatten() if m.dtype != torch.float32 else None
+        states: list[Any] = [zeros8(master) if eight_bit else m.flat32() for _ in range(rule.n_states)]
+        if not eight_bit:
+            states[-1].square_()  # a second moment, or a sum of squares
+        one = torch.ones(1, device=m.device)
+        flat = Flat(rule, master, grads, states, target, one.clone(), None if alone else one)
+        held = [t for s in states for t in (s if isinstance(s, Blockwise8) else (s,))]
+        written = (master, *held) if target is None else (master, *held, target)
+        return Bound(m.function(name)(flat), (grads, master, *held), writes=written)
 
-    return _Bound(forward, operands, n_written_bytes=written)
-
-
-def _own_step(
-    param: Tensor, grad: Tensor, states: list[Tensor], step: Tensor, factor: Tensor | None = None,
-    copies: list[Tensor] | None = None,
-) -> Callable[[], None]:  # fmt: skip
-    """AdamW of ``runtime.kernels``, which does the passes around the step as well."""
-    from runtime.kernels.optimizer import optimizer_step
-    from runtime.kernels.rules import Adam, Control
-
-    rule, control = Adam(), Control(lr=_OPTIMIZER.lr, step=step, factor=factor)
-    return lambda: optimizer_step(rule, [param], [grad], [[state] for state in states], control, copies)
+    return bind
 
 
-def _optimizer_step(m: _Make) -> _Bound:
-    """As ``runtime.executor`` steps a group."""
-    grads, target = m.main().flatten(), m.main().flatten()
-    master, first, second = (m.flat32() for _ in range(3))
-    second.square_()
-    step, factor = torch.ones((), device=m.device), torch.ones((), device=m.device)
-    low = m.dtype != torch.float32
-    temp = torch.empty(min(master.numel(), UPDATE_CHUNK_NUMEL), device=m.device) if low else None
-
-    shard = Shard(master=master, grads=grads, states=[first, second], target=target if low else None, temp=temp)
-
-    def forward() -> None:
-        step_shard("adamw", _OPTIMIZER, _OPTIMIZER.lr, step, factor, shard)
-
-    written = 12 * master.numel() + (_size((target,)) if low else 0)
-    if m.ours:
-        forward = _own_step(master, grads, [first, second], step, factor, [target] if low else None)
-    return _Bound(forward, (grads, master, first, second), n_written_bytes=written)
+def _grad_norm(m: Make) -> Bound:
+    grads, norm = m.main().flatten(), m.function("grad_norm")
+    return Bound(lambda: norm([grads]), (grads,))
 
 
-def _grad_norm(m: _Make) -> _Bound:
-    grads = m.main().flatten()
-    norm = m.pick("grad_norm", "squares", lambda tensors: torch.linalg.vector_norm(tensors[0], dtype=torch.float32))
-    return _Bound(lambda: norm([grads]), (grads,))
+def _quantize(m: Make) -> Bound:
+    x, quantize = m.main().flatten(), m.function("quantize_int8")
+    return Bound(lambda: quantize(x), (x,))
 
 
-_BUILDERS: dict[str, Callable[[_Make], _Bound]] = {
+def _dequantize(m: Make) -> Bound:
+    stored, dequantize = quantize_reference(m.main().flatten(), *QUANTIZED), m.function("dequantize_int8")
+    return Bound(lambda: dequantize(stored, m.dtype), (stored.codes, stored.scales))
+
+
+_BUILDERS: dict[str, Callable[[Make], Bound]] = {
     "copy": _copy,
     "cast_to_fp32": _cast_to_fp32,
     "cast_from_fp32": _cast_from_fp32,
-    "flatten": _flatten,
-    "unflatten": _unflatten,
+    "flatten": _bucket("flatten"),
+    "unflatten": _bucket("unflatten"),
     "add": _add,
     "accumulate_grad": _accumulate_grad,
-    "gelu": _activation("gelu"),
-    "gelu_tanh": _activation("gelu_tanh"),
-    "squared_relu": _activation("relu_squared"),
-    "swiglu": _gated("silu"),
-    "geglu": _gated("gelu"),
-    "rms_norm": _rms_norm,
-    "layer_norm": _layer_norm,
+    **{name: _activation(name) for name in ACTIVATIONS},
+    **{name: _gated(name) for name in GATES},
+    "rms_norm": _norm("rms_norm"),
+    "layer_norm": _norm("layer_norm"),
     "add_rms_norm": _add_norm("add_rms_norm"),
-    "add_layer_norm": _add_norm("add_layer_norm", None),
+    "add_layer_norm": _add_norm("add_layer_norm"),
     "rotary": _rotary,
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     "embedding": _embedding,
     "dropout_add": _dropout_add,
-    "adamw": _adamw,
-    "optimizer_step": _optimizer_step,
+    **{name: _step(name) for name in RULES},
     "grad_norm": _grad_norm,
+    "quantize_int8": _quantize,
+    "dequantize_int8": _dequantize,
 }

@@ -159,6 +159,12 @@ def kernel_summary_lines(summary: KernelSummary) -> Iterator[str]:
             f"{k['median_of_copy']:.0%}, worst {k['of_copy'][worst]:.0%} ({worst})"
         )
         yield "  " + ", ".join(f"{name} {share:.0%}" for name, share in k["of_copy"].items())
+    if k.get("against"):
+        yield "  times faster than the best of the others at the largest size: " + ", ".join(
+            f"{name} {a['faster']:.2f} ({a['than']})" for name, a in k["against"].items()
+        )
+    for name, goal in k.get("goals", {}).items():
+        yield f"  {name}: {goal['status']} ({goal['detail']})"
     if "forecast" in k:
         e = k["forecast"]
         yield f"  forecast over {e['n']} records: median error {e['median']:.0%}, worst {e['worst']:+.0%} ({e['worst_case']})"

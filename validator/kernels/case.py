@@ -20,9 +20,11 @@ class KernelCase:
 
     kernel: str
     backward: bool = False
+    both: bool = False
+    """The forward pass and then the backward pass, in one call."""
     dtype: str = "bf16"
     n_bytes: int = 64 * MIB
-    """About what one call moves, by the estimator's count."""
+    """About what one call moves, by the estimator's count of the plain body."""
     implementation: Implementation = "torch"
     device: Literal["cpu", "cuda"] = "cpu"
 
@@ -38,7 +40,7 @@ class KernelCase:
 
     @property
     def entry(self) -> Kernel:
-        return kernel(self.kernel, self.backward)
+        return kernel(self.kernel, self.backward, self.both)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,8 +50,8 @@ class KernelCase:
     def report(self, **results: object) -> KernelReport:
         """A report about this case."""
         return KernelReport(
-            kernel=self.kernel, backward=self.backward, implementation=self.implementation, device=self.device,
-            dtype=self.dtype, shape=self.shape, **results,  # type: ignore[arg-type]
+            kernel=self.kernel, backward=self.backward, both=self.both, implementation=self.implementation,
+            device=self.device, dtype=self.dtype, shape=self.shape, **results,  # type: ignore[arg-type]
         )  # fmt: skip
 
     @property

@@ -22,18 +22,20 @@ class Forecaster:
         self._timers: dict[str, OperatorTimer] = {}
 
     def seconds(self, report: KernelReport) -> float:
-        """Forecast for the operators that the estimator has for ``report``'s kernel, one after the other; for a CUDA
-        kernel of our own, one streaming pass over the bytes that it has to move.
+        """Forecast for the operators that the estimator has for ``report``'s kernel, one after the other: plain torch's, or
+        the runtime's own kernel's.
 
-        Raises ``InputError`` when there is no profile of the device, or when it knows nothing of the dtype.
+        Raises ``InputError`` for what the runtime never runs, when there is no profile of the device, or when it knows
+        nothing of the dtype.
         """
+        if report.implementation not in ("torch", "cuda"):
+            raise InputError(f"the runtime does not run implementation {report.implementation!r}; allowed: cuda, torch")
         gpu, own = self._gpu_of(report)
         if gpu.name not in self._timers:
             self._timers[gpu.name] = OperatorTimer(gpu, profile_for(gpu, own)[0])
         timer = self._timers[gpu.name]
-        if report.implementation == "cuda":
-            return timer.traffic_seconds(report.bytes, dtype=report.dtype)
-        ops = kernel(report.kernel, report.backward).ops(report.shape, report.dtype)
+        entry = kernel(report.kernel, report.backward, report.both)
+        ops = entry.ops(report.shape, report.dtype, report.implementation)
         return sum(_seconds(timer, op) for op in ops)
 
     def _gpu_of(self, report: KernelReport) -> tuple[Gpu, HardwareProfile | None]:

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from estimator.errors import InputError, invalid, unknown_choice
+from validator.kernels.table import kernel
 
-Implementation = Literal["torch", "cuda"]
-"""``torch``: the plain PyTorch body; ``cuda``: this project's own kernel."""
+Implementation = Literal["torch", "cuda", "fused", "compile", "liger", "apex"]
+"""``torch``: the plain PyTorch body; ``cuda``: this project's own kernel; the others: see ``implementation``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class KernelReport:
     kernel: str
     """Name in the table of kernels, e.g. ``"rms_norm"``."""
     backward: bool = False
+    both: bool = False
+    """The forward pass and then the backward pass, in one call; ``backward`` is then false."""
     implementation: Implementation = "torch"
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: str = "bf16"
@@ -28,7 +31,7 @@ class KernelReport:
     bytes: int = 0
     """Every operand read once plus every result written once: the least that any implementation moves."""
     counted_bytes: int = 0
-    """Read plus written by the estimator's count for this operator: more where its plain body takes several passes."""
+    """Read plus written by the estimator's count for this implementation: more where a plain body takes several passes."""
     flops: int = 0
     """By the estimator's count."""
     seconds: float = 0.0
@@ -40,6 +43,9 @@ class KernelReport:
     spread_s: float = 0.0
     """Interquartile range."""
     repeats: int = 0
+    peak_bytes: int | None = None
+    """Most bytes of tensors at one time of a call, operands included, by CUDA's allocator; ``None``: not counted (a CPU's
+    allocator keeps no such number)."""
     copy_bytes_per_s: float = 0.0
     """What a large copy within device memory reached in the same process just before (bytes read plus written): the ceiling."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -57,12 +63,23 @@ class KernelReport:
     def key(self) -> str:
         """Identity of what was measured, without the result: 16 hexadecimal digits."""
         what = [self.kernel, self.backward, self.implementation, self.device, self.dtype, list(self.shape)]
+        what += ["both"] if self.both else []
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
     @property
     def label(self) -> str:
         shape = "x".join(str(n) for n in self.shape)
-        return f"{self.kernel}{' backward' if self.backward else ''} {self.dtype} {shape} [{self.implementation} on {self.device}]"
+        return f"{self.passes} {self.dtype} {shape} [{self.implementation} on {self.device}]"
+
+    @property
+    def passes(self) -> str:
+        """Kernel and direction."""
+        return f"{self.kernel}{' backward' if self.backward else ' forward+backward' if self.both else ''}"
+
+    @property
+    def asked_bytes(self) -> int:
+        """``n_bytes`` of a case that has this shape."""
+        return kernel(self.kernel, self.backward, self.both).size_of(self.shape, self.dtype)
 
     @property
     def bytes_per_s(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from estimator.errors import InputError
 from estimator.time.profile import HardwareProfile
 from validator.kernels.forecast import Forecaster
+from validator.kernels.goals import PRODUCTS, contests, goals
 from validator.kernels.report import KernelReport
 
 
@@ -32,8 +33,9 @@ class KernelRow:
         """Plain data for JSON."""
         r = self.report
         return {
-            "kernel": r.kernel, "backward": r.backward, "implementation": r.implementation, "device": r.device,
+            "kernel": r.kernel, "backward": r.backward, "both": r.both, "implementation": r.implementation, "device": r.device,
             "device_name": r.device_name, "dtype": r.dtype, "shape": list(r.shape), "bytes": r.bytes, "seconds": r.seconds,
+            "peak_bytes": r.peak_bytes,
             "spread_s": r.spread_s, "bytes_per_s": r.bytes_per_s, "of_copy": r.of_copy, "forecast_s": self.forecast_s,
             "error": self.error, "no_forecast": self.why,
         }  # fmt: skip
@@ -51,10 +53,14 @@ def with_forecasts(reports: Iterable[KernelReport], profile: HardwareProfile | N
 
 
 def summarise(rows: Sequence[KernelRow]) -> dict[str, Any]:
-    """``of_copy``: median share of the copy's bandwidth by kernel at the largest size of each dtype, ``worst`` the least
-    of them; ``forecast``: count, median absolute and worst error; ``no_forecast``: counts by reason."""
+    """``of_copy``: median share of the copy's bandwidth by kernel at the largest size of each dtype, of what the runtime
+    runs, ``worst`` the least of them; ``forecast``: count, median absolute and worst error; ``no_forecast``: counts by
+    reason. With kernels of ours among them ``against``: how many times faster they are than the best of the others at the largest
+    size, which that is, and ``goals``."""
     largest: dict[tuple[str, str], KernelReport] = {}
     for row in rows:
+        if row.report.implementation not in ("torch", "cuda") or row.report.kernel in PRODUCTS:
+            continue
         at = (short_name(row.report), row.report.dtype)
         if at not in largest or row.report.bytes > largest[at].bytes:
             largest[at] = row.report
@@ -76,7 +82,21 @@ def summarise(rows: Sequence[KernelRow]) -> dict[str, Any]:
         if row.why:
             reasons[row.why] = reasons.get(row.why, 0) + 1
     data["no_forecast"] = reasons
+    reports = [row.report for row in rows]
+    if any(report.implementation == "cuda" for report in reports):
+        data["against"] = _against(reports)
+        data["goals"] = {goal.name: {"status": goal.status, "detail": goal.detail} for goal in goals(reports)}
     return data
+
+
+def _against(reports: Sequence[KernelReport]) -> dict[str, dict[str, Any]]:
+    """By kernel and dtype."""
+    found: dict[str, dict[str, Any]] = {}
+    for contest in sorted(contests(reports), key=lambda c: c.any.bytes):
+        best = contest.best_rival
+        if best is not None and (ratio := contest.faster(best)):
+            found[f"{contest.any.passes} {contest.any.dtype}"] = {"faster": ratio, "than": best}
+    return dict(sorted(found.items()))
 
 
 def kernel_comparison(rows: Sequence[KernelRow]) -> dict[str, Any]:
@@ -85,5 +105,5 @@ def kernel_comparison(rows: Sequence[KernelRow]) -> dict[str, Any]:
 
 
 def short_name(report: KernelReport) -> str:
-    """Kernel, direction, and implementation where it is our own."""
-    return f"{report.kernel}{' backward' if report.backward else ''}{'' if report.implementation == 'torch' else ' [cuda]'}"
+    """Kernel, direction, and implementation where it is not torch."""
+    return report.passes + ("" if report.implementation == "torch" else f" [{report.implementation}]")

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from estimator.errors import InputError, invalid, require_choice, require_int, unknown_choice
 from estimator.job import Job
 from estimator.job.files import job_from_dict, job_to_dict
+from estimator.job.job import young_choices
 
 Backend = Literal["fake", "cpu", "cuda", "cuda-virtual"]
 
@@ -42,6 +43,8 @@ class Case:
     reference: bool = False
     """Whether rank 0 then trains the same model on the same batches in plain PyTorch, and the case fails when the two differ
     by more than rounding explains (``runtime.reference``); ``cpu`` and ``cuda``, where all ranks are real."""
+    nvme_folder: str | None = None
+    """Where a job with offload ``optimizer:nvme`` has its optimizer's files while it is measured (all but ``fake``)."""
 
     def __post_init__(self) -> None:
         require_choice("backend", self.backend, get_args(Backend))
@@ -58,6 +61,15 @@ class Case:
         if type(self.reference) is not bool or (self.reference and self.plays_one_rank):
             alone = f"false with backend {self.backend!r}, which plays one rank alone"
             raise invalid("reference", self.reference, alone if self.plays_one_rank else "true or false")
+        needs_files = self.job.strategy.offload_nvme and self.backend != "fake"
+        if needs_files != (self.nvme_folder is not None):
+            offload = self.job.strategy.offload
+            raise InputError(
+                f"nvme_folder is not given; offload {offload!r} needs a folder for the optimizer's files"
+                if needs_files
+                else f"nvme_folder is {self.nvme_folder!r} with offload {offload!r} and backend {self.backend!r}; allowed: only with "
+                "offload 'optimizer:nvme' and a backend other than 'fake'"
+            )
         if self.on_cuda and not self.warmup:
             raise invalid("warmup", 0, f"at least 1 with backend {self.backend!r}: the peak is read from then on")
         if not self.plays_one_rank and self.rank:
@@ -108,6 +120,8 @@ def job_label(job: Job) -> str:
         parts.append("offload=" + s.offload.replace(",", "+"))
     if s.recompute != "none":
         parts.append(f"recompute={s.recompute}")
+    for name, value in young_choices(s).items():
+        parts.append(f"{name}={'+'.join(value) if isinstance(value, tuple) else value}")
     return " ".join(parts)
 
 

@@ -134,6 +134,7 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
             "seed": case.seed,
             "step_seconds": steps,
             "losses": list(first["losses"]),
+            "skipped_steps": first["skipped_steps"],
             "rank_peak_bytes": {str(r.rank): r.peak_bytes for r in results},
             "metered_peak_bytes": memory["peak_allocated_bytes"],
             "peak_rss_bytes": {str(r.rank): r.peak_rss_bytes for r in results},
@@ -179,6 +180,15 @@ def _notes(case: Case, results: Sequence[RankResult]) -> tuple[str, ...]:
         source = results[0].facts.get("device_memory", {}).get("meaning")
         if source:
             notes.append(f"device_used_bytes: {source}, most after any timed step")
+    session = results[0].session
+    moved = ((way, session["copy_bytes"][way], seconds) for way, seconds in session["copy_seconds"].items())
+    rates = [f"{way} {n_bytes / seconds / 1e9:.2f} GB/s" for way, n_bytes, seconds in moved if seconds]
+    if rates:
+        files = f"; files: {session['file_access']}" if session.get("file_access") else ""
+        notes.append(f"copies reached, of the time that they took: {', '.join(rates)}{files}")
+    skipped = session["skipped_steps"]
+    if skipped:
+        notes.append(f"{skipped} step(s), warm-up included, were skipped because a gradient was not finite")
     if len(results) > 1:
         notes.append("memory of the rank with the largest peak; time parts of rank 0")
     return tuple(notes)

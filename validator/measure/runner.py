@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -243,13 +244,14 @@ def _result(case: Case, status: int, out: Path, log: Path, kills_before: int | N
     if "input" in by_kind:
         raise InputError(by_kind["input"]["message"])
     kills = _kernel_memory_kills()
-    if not failures and kills_before is not None and kills is not None and kills > kills_before:
+    silent = by_kind.keys() <= {"lost_rank"}  # nobody said more than that another rank is gone
+    if silent and kills_before is not None and kills is not None and kills > kills_before:
         return _does_not_fit(case, 0, "the operating system ended a process because the machine ran out of memory", {})
     if "crash" in by_kind:
         failure = by_kind["crash"]
         what = f"rank {failure['rank']} raised {failure['type']}: {failure['message']}"
         raise MeasureError(f"{case.label} crashed, {what}{_tail(failure['traceback'])}")
-    reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status} and no result"
+    reason = _first_to_end(log) or (by_kind["lost_rank"]["message"] if failures else _manner(status))
     raise MeasureError(f"{case.label} crashed, {reason}{_last_words(log)}")
 
 
@@ -265,6 +267,17 @@ def _does_not_fit(case: Case, rank: int, explanation: str, origin: dict[str, Any
         capacity_bytes=gpu.get("memory_bytes") if case.on_cuda else origin.get("memory_limit_bytes"),
         provenance={**(origin or provenance.collect()), "processes": case.n_processes, "seed": case.seed},
     )
+
+
+def _first_to_end(log: Path) -> str | None:
+    """Which rank ended first and how, as torchrun wrote it down."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text)
+    return f"rank {found[2]} was {_manner(int(found[1]))}" if found and int(found[1]) < 0 else None
+
+
+def _manner(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status} and no result"
 
 
 def _last_words(log: Path) -> str:

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,34 @@ def run_case(
     import torch
     import torch.distributed as dist
 
-    from runtime.session import SessionOptions, run_session
-
     rank, world = _rank_and_world(case)
     gpu = None
     if case.on_cuda and (case.backend == "cuda" or VIRTUAL_DEVICE == "cuda"):
         meter = meter or DeviceMeter()
         _take_gpu(torch, case)
         gpu = GpuInstruments(torch.cuda, meter)
-    device = _start_backend(case, rank, world, origin)
-    if gpu is not None and dist.is_initialized() and not case.plays_one_rank:
-        dist.all_reduce(torch.zeros(1, device="cuda"))
-        gpu.network_is_up()
+    if case.backend == "cpu":
+        origin["memory_limit_bytes"] = _limit_memory(case)
+    with _group(case, rank, world):
+        if gpu is not None and dist.is_initialized() and not case.plays_one_rank:
+            dist.all_reduce(torch.zeros(1, device="cuda"))
+            gpu.network_is_up()
+        mine = _train(case, rank, origin, on_step, gpu)
+        results: list[Any] = [mine]
+        if dist.is_initialized() and not case.plays_one_rank:
+            results = [None] * world
+            dist.all_gather_object(results, mine)
+    if rank != 0 and not case.plays_one_rank:
+        return None
+    report = build_report(case, results, origin)
+    _require_parity(case, report.parity)
+    return report.to_dict()
+
+
+def _train(case: Case, rank: int, origin: dict[str, Any], on_step: OnStep, gpu: GpuInstruments | None) -> RankResult:
+    """What this rank measures, in its group; what the yardstick says goes into ``origin``."""
+    from runtime.session import SessionOptions, run_session
+
     yardstick = Yardstick() if case.backend == "cpu" else None
     yardstick_seconds: list[float] = []
 
@@ -77,26 +94,15 @@ def run_case(
 
     # one session does both: it times steps without metering memory, then meters one further step
     options = SessionOptions(
-        steps=case.steps, warmup=case.warmup, track_memory=case.metered, seed=case.seed, reference=case.reference
-    )
-    session = run_session(case.job, device, options, rank=rank, on_step=on_each)
+        steps=case.steps, warmup=case.warmup, track_memory=case.metered, seed=case.seed, reference=case.reference,
+        nvme_folder=case.nvme_folder,
+    )  # fmt: skip
+    session = run_session(case.job, _device(case), options, rank=rank, on_step=on_each)
     if yardstick is not None:
         origin.update(yardstick=yardstick.name, yardstick_seconds=yardstick_seconds[case.warmup :])
-    mine = RankResult(
+    return RankResult(
         rank=rank, session=asdict(session), peak_rss_bytes=peak_rss_bytes(), **(gpu.facts() if gpu else {})
     )
-    results: list[Any] = [mine]
-    if dist.is_initialized() and not case.plays_one_rank:
-        results = [None] * world
-        dist.all_gather_object(results, mine)
-        dist.barrier()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rank != 0 and not case.plays_one_rank:
-        return None
-    report = build_report(case, results, origin)
-    _require_parity(case, report.parity)
-    return report.to_dict()
 
 
 def _require_parity(case: Case, parity: dict[str, float]) -> None:
@@ -132,30 +138,31 @@ def _rank_and_world(case: Case) -> tuple[int, int]:
     return rank, world
 
 
-def _start_backend(case: Case, rank: int, world: int, origin: dict[str, Any]) -> Any:
-    """Initialises the default process group when there is more than one rank; returns the device to run on.
+def _device(case: Case) -> Any:
+    """What ``run_session`` is to run on."""
+    if case.backend == "fake":
+        return "fake-cpu" if case.job.cluster.gpu.arch == "cpu" else "meta"
+    return VIRTUAL_DEVICE if case.plays_one_rank else case.backend
 
-    Adds the memory limit, where one is set, to ``origin``.
+
+def _group(case: Case, rank: int, world: int) -> AbstractContextManager[None]:
+    """Inside, the default process group spans the case's ranks, where there are several; they leave it together.
+
+    The launcher sees a process end and the case's own time limit decides about one that hangs, so no thread watches.
     """
     import torch
-    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from runtime.faults import process_group
+
+    if world == 1:
+        return nullcontext()
     if case.plays_one_rank:
-        if world > 1:
-            from torch.testing._internal.distributed.fake_pg import FakeStore
-
-            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        if case.backend == "fake":
-            return "fake-cpu" if case.job.cluster.gpu.arch == "cpu" else "meta"
-        return VIRTUAL_DEVICE
+        return process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     if case.backend == "cpu":
-        origin["memory_limit_bytes"] = _limit_memory(case)
-        if world > 1:
-            dist.init_process_group("gloo")
-        return "cpu"
-    if world > 1:
-        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    return "cuda"
+        return process_group("gloo", timeout_s=case.time_limit_s, watch=False)
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    return process_group("nccl", timeout_s=case.time_limit_s, watch=False, device_id=gpu)
 
 
 def _take_gpu(torch: Any, case: Case) -> None:
@@ -224,6 +231,8 @@ def _kind(error: BaseException) -> str:
         return "input"
     if isinstance(error, ParityError):
         return "parity"
+    if type(error).__name__ == "LostRankError":
+        return "lost_rank"
     return "out_of_memory" if is_out_of_memory(error) else "crash"
 
 
