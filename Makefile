@@ -19,7 +19,7 @@ help:
 	@echo "make test-all   the same with the slow tests"
 	@echo "make lint       ruff, mypy and import rules only"
 	@echo "make readme     put today's forecasts into the README"
-	@echo "make bench      speed of predict, plan, start-up and fake ranks; kernels; rates of the gate"
+	@echo "make bench      speed of predict, plan, start-up and fake ranks; overhead of the runtime; kernels; rates of the gate"
 
 venv: $(STAMP)
 
@@ -47,15 +47,19 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Two at a time, then one at a time those that other tests would disturb.
 test: lint
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow and not alone" -n 2 --dist loadfile
+	$(BIN)/pytest -q -m "not slow and alone"
 
 test-all: lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m "not alone" -n 2 --dist loadfile
+	$(BIN)/pytest -q -m alone
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_predict.py
 	$(BIN)/python benchmarks/bench_fake.py
+	$(BIN)/python benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/bench_gate.py
 

@@ -7,11 +7,13 @@ from functools import lru_cache
 
 from estimator.job.files import job_to_dict
 from estimator.job.job import Job
+from estimator.job.kernels import STEP_KERNELS, kernels_in_use
 from estimator.job.model import ModelSpec
 from estimator.job.strategy import Strategy
 from estimator.memory.reader import StepMemory, read_memory
 from estimator.memory.verdict import judge
 from estimator.ops.cost import UnitCost
+from estimator.ops.kernels.chip import H200, chip_of
 from estimator.ops.layers import Shape, unit_costs
 from estimator.report import StepReport
 from estimator.schedule.events import Buffer, Collective, Copy, StepProgram
@@ -52,11 +54,17 @@ class Blueprint:
 
 def lay_out(job: Job) -> Blueprint:
     """Derive layout, ``StepProgram`` and operator costs of ``job``."""
-    units = model_units(job.model)
-    layout, program = _program_of(job.model, job.strategy, job.zero_stage, job.dp, job.n_micro_batches)
+    units, gpu = model_units(job.model), job.cluster.gpu
+    kernels = kernels_in_use(gpu.arch, job.strategy.kernels_off)
+    fused_step = STEP_KERNELS[job.strategy.optimizer] in kernels
+    layout, program = _program_of(job.model, job.strategy, job.zero_stage, job.dp, job.n_micro_batches, fused_step)
     w, dtype = job.workload, job.strategy.dtype
-    repeats = dtype == "fp32" or job.cluster.gpu.arch == "cpu"
-    shape = Shape(w.micro_batch_size, w.seq_len, dtype, repeats_kv_heads=repeats)
+    shape = Shape(
+        w.micro_batch_size, w.seq_len, dtype, repeats_kv_heads=dtype == "fp32" or gpu.arch == "cpu", kernels=kernels,
+        chip=chip_of(gpu.arch, gpu.n_sms) if kernels else H200,
+        factor_is_one=job.n_micro_batches == 1 and dtype != "fp16", grad_dtype=job.strategy.grads,
+        stat_bytes=DTYPE_BYTES[dtype] if gpu.arch == "cpu" else 4,
+    )  # fmt: skip
     costs = unit_costs(job.model, units, shape, job.strategy.recompute)
     table_bytes = 2 * w.seq_len * (job.model.rotary_dim // 2) * DTYPE_BYTES[dtype]
     tables = (Buffer("tables", -1, "workspace", table_bytes),) if table_bytes else ()
@@ -65,11 +73,11 @@ def lay_out(job: Job) -> Blueprint:
 
 @lru_cache(maxsize=128)
 def _program_of(
-    model: ModelSpec, strategy: Strategy, zero_stage: int, dp: int, n_micro_batches: int
+    model: ModelSpec, strategy: Strategy, zero_stage: int, dp: int, n_micro_batches: int, fused_step: bool
 ) -> tuple[Layout, StepProgram]:
     """Layout and program do not depend on sizes of the batch: a search over micro-batches builds each once."""
     layout = make_layout(model_units(model), strategy, zero_stage, dp)
-    return layout, build_program(layout, strategy, zero_stage, dp, n_micro_batches)
+    return layout, build_program(layout, strategy, zero_stage, dp, n_micro_batches, fused_step=fused_step)
 
 
 def memory_of(blueprint: Blueprint) -> StepMemory:
@@ -110,7 +118,7 @@ def flops_of(costs: list[UnitCost]) -> tuple[float, float]:
     for cost in costs:
         if id(cost) not in by_cost:
             by_cost[id(cost)] = (
-                3 * sum(op.flops for op in cost.forward if op.kind in ("matmul", "attention")),
+                3 * sum(op.flops for op in cost.forward if op.kind in ("matmul", "attention") and not op.backward),
                 sum(op.flops for op in cost.recompute if op.kind in ("matmul", "attention")),
             )
         model += by_cost[id(cost)][0]

@@ -9,44 +9,62 @@ for batch in batches:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from estimator.errors import InputError, require_int
+from estimator.job.grouping import check_ranks
+from estimator.job.kernels import KERNELS, STEP_KERNELS
 from estimator.job.strategy import Strategy
 from estimator.schedule.buffers import group_buffers
-from estimator.schedule.events import Buffer
+from estimator.schedule.events import Buffer, Span
 from estimator.schedule.program import build_program
 from estimator.sharding.layout import Slot, make_layout
+from runtime.adopt import Fill, adopt_parameters
 from runtime.comm import Communicator
-from runtime.context import current_ledger, has_data
+from runtime.context import current_ledger, has_data, managed_memory
 from runtime.executor import Executor
+from runtime.faults import told
+from runtime.hooks import UnitHooks
+from runtime.kernels.grad_norm import gradient_factor
+from runtime.kernels.loader import device_has_kernels
+from runtime.kernels.registry import enabled, switched_off
 from runtime.ledger import Ledger
+from runtime.nonfinite import nonfinite_gradients
+from runtime.offload.split import masters_of
+from runtime.offload.states import NvmePlace, open_states
 from runtime.optimizer import LossScaler, OptimizerConfig
+from runtime.param_groups import ParamGroup, assign
 from runtime.recompute import wrap_blocks
-from runtime.storage import TORCH_DTYPES, Fill, GroupStorage
+from runtime.storage import TORCH_DTYPES, GroupStorage
 from runtime.units import LiveUnit, find_units
 
 
 def initialize(
     *, model: nn.Module, strategy: Strategy, n_micro_batches: int = 1, optimizer: OptimizerConfig | None = None,
-    fill: Fill | None = None,
+    fill: Fill | None = None, param_groups: Sequence[ParamGroup] = (), nvme: NvmePlace | None = None,
 ) -> Engine:  # fmt: skip
     """Take over ``model`` (fp32, on the device to train on) and return the engine that trains it.
 
     Uses torch.distributed's default group when there is one, else a single process. The model's parameters become views
     of flat buffers in ``strategy.dtype``. With ``fill`` their values are not taken from the model, which may be hollow
-    (``runtime.hollow``), but written group by group, in the order of ``model.named_parameters()``. Raises ``InputError``
-    for what the runtime cannot do.
+    (``runtime.hollow``), but written group by group, in the order of ``model.named_parameters()``. ``param_groups``:
+    learning rates and weight decays by name. ``nvme``: for offload ``optimizer:nvme``, where the files are. Raises ``InputError`` for what the runtime cannot do.
     """
     require_int("n_micro_batches", n_micro_batches)
     for axis in ("tp", "pp", "cp", "ep"):
         if getattr(strategy, axis) > 1:
             raise InputError(f"{axis} is {getattr(strategy, axis)}; the runtime is data parallel only, allowed: 1")
-    return Engine(model, strategy, n_micro_batches, optimizer or OptimizerConfig(), fill)
+    if param_groups and strategy.delayed_update:
+        raise InputError("delayed_update is on with param_groups; allowed: one of the two")
+    engine = Engine(model, strategy, n_micro_batches, optimizer or OptimizerConfig(), fill, nvme)
+    if param_groups:
+        engine.set_param_groups(param_groups)
+    return engine
 
 
 class Engine:
@@ -54,79 +72,75 @@ class Engine:
 
     def __init__(
         self, model: nn.Module, strategy: Strategy, n_micro_batches: int, optimizer: OptimizerConfig,
-        fill: Fill | None = None,
+        fill: Fill | None = None, nvme: NvmePlace | None = None,
     ) -> None:  # fmt: skip
         self.model, self.strategy, self.n_micro_batches = model, strategy, n_micro_batches
         self.comm = Communicator()
+        check_ranks(strategy, self.comm.size)
         self.zero_stage = strategy.zero_stage if self.comm.size > 1 else 0
-        self.scaler = LossScaler(strategy.dtype)
         self.grad_norm: Tensor | None = None
         """Global gradient norm of the last step, before clipping; ``None`` when neither clipping nor fp16 asked for it."""
+        self.check_gradients = False
+        """Whether every step looks for gradients that are not finite (the host waits for the device to know), skips the
+        step when there are any, and names them in ``nonfinite_gradients``."""
+        self.nonfinite_gradients: list[str] = []
+        """Parameters whose gradient of the last step held a NaN or an infinity on any rank, if ``check_gradients``."""
         live = find_units(model)
-        self.layout = make_layout([u.unit for u in live], strategy, self.zero_stage, self.comm.size)
-        self.program = build_program(self.layout, strategy, self.zero_stage, self.comm.size, n_micro_batches)
         self.device = live[0].params[0].device
-        self.storages = self._make_storages(live)
-        self.executor = Executor(
-            self.storages, [u.unit.name for u in live], strategy, self.comm, optimizer, self.device
-        )  # fmt: skip
+        self.kernels = self._kernels_in_use()
+        self.layout = make_layout([u.unit for u in live], strategy, self.zero_stage, self.comm.size)
+        fused_step = STEP_KERNELS[strategy.optimizer] in self.kernels
+        self.program = build_program(
+            self.layout, strategy, self.zero_stage, self.comm.size, n_micro_batches, fused_step=fused_step
+        )
+        self.comm.join(event for section in self.program.step for event in section.events)
+        self.storages = self._make_storages(live, fused_step)
+        with managed_memory():
+            self.scaler = LossScaler(strategy.dtype, self.device)
+            self.executor = Executor(
+                self.storages, [u.unit.name for u in live], strategy, self.comm, optimizer, self.device, self.kernels
+            )  # fmt: skip
+        is_real = has_data(live[0].params[0])
+        self.nvme = self.executor.nvme = open_states(self.storages, strategy, nvme, self.comm.rank, is_real=is_real)
         self.executor.run_all(self.program.init)
-        for storage in self.storages:
-            storage.adopt_parameters([self._name_of(slot) for slot in storage.slots], fill)
+        adopt_parameters(self.storages, self.layout.units, fill)
+        if nvme is not None and nvme.resume:
+            assert self.nvme is not None
+            self.executor.resume(self.nvme.restore(self.comm, self.layout.n_shards))
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(TORCH_DTYPES[strategy.dtype])
-        self.recompute_clock = wrap_blocks([u.module for u in live[1:-1]], strategy.recompute, self.executor.parts)
-        self._hook(live)
+        blocks = list(dict.fromkeys(u.module for u in live[1:-1]))
+        self.recompute_clock = wrap_blocks(blocks, strategy.recompute, self.executor.parts)
+        self._hooks = UnitHooks(live, self.executor, self.recompute_clock)
         self._micro_sections = [s for s in self.program.step if s.name == "micro_batch" for _ in range(s.repeat)]
-        self._micro_batch = 0
+        self._micro_batch = self._step = 0
         self._awaits = "forward"
 
-    def _make_storages(self, live: list[LiveUnit]) -> list[GroupStorage]:
+    def _kernels_in_use(self) -> frozenset[str]:
+        """Names of the ``runtime.kernels`` that work on this engine's device."""
+        if not device_has_kernels(self.device):
+            return frozenset()
+        with self._switches():
+            return frozenset(filter(enabled, KERNELS))
+
+    def _switches(self) -> AbstractContextManager[None]:
+        """Inside, the kernels that the strategy switches off are off, for the model too."""
+        off = self.strategy.kernels_off
+        return switched_off(*off) if off else nullcontext()
+
+    def _make_storages(self, live: list[LiveUnit], fused_step: bool) -> list[GroupStorage]:
         storages = []
         for group in self.layout.groups:
-            params = [p for unit in group.units for p in live[unit].params]
-            buffers = group_buffers(group, self.strategy, self.zero_stage)
+            buffers = group_buffers(group, self.strategy, self.zero_stage, fused_step=fused_step)
             slots = list(self.layout.slots(group))
+            params = [live[slot.unit].param(slot.param) for slot in slots]
             storages.append(
-                GroupStorage(group, buffers, slots, params, self.strategy.dtype, self.device, self.comm.rank)
+                GroupStorage(
+                    group, buffers, slots, params, self.strategy, self.device, self.comm.rank % self.layout.n_shards
+                )
             )
         return storages
-
-    def _hook(self, live: list[LiveUnit]) -> None:
-        for index, (module, _, params) in enumerate(live):
-            phase = "loss" if index == len(live) - 1 else "forward"
-            module.register_forward_pre_hook(self._before_forward(index, phase))
-            module.register_forward_hook(self._after_forward(index, phase))
-            trained = [p for p in params if p.requires_grad]
-            left = [0]
-            for param in trained:
-                param.register_post_accumulate_grad_hook(self._after_grad(index, len(trained), left))
-
-    def _before_forward(self, unit: int, phase: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if torch.is_grad_enabled() and not self.recompute_clock.active:
-                self.executor.enter(unit, phase)
-
-        return hook
-
-    def _after_forward(self, unit: int, phase: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if torch.is_grad_enabled() and not self.recompute_clock.active:
-                tensor = output if isinstance(output, Tensor) else next(x for x in output if isinstance(x, Tensor))
-                tensor.register_hook(lambda _: self.executor.enter(unit, "backward"))
-                self.executor.leave(unit, phase)
-
-        return hook
-
-    def _after_grad(self, unit: int, n_params: int, left: list[int]) -> Callable[[Tensor], None]:
-        def hook(_: Tensor) -> None:
-            left[0] += 1
-            if left[0] == n_params:
-                left[0] = 0
-                self.executor.leave(unit, "backward")
-
-        return hook
 
     # ---- the three calls ------------------------------------------------------------------------------------------
 
@@ -135,8 +149,9 @@ class Engine:
         self._expect("forward")
         if self._micro_batch == 0:
             self._start_step()
-        with self.executor.parts.part("forward"):
+        with told(f"the forward pass of step {self._step}"), self.executor.parts.part("forward"), self._switches():
             self.executor.begin(self._micro_sections[self._micro_batch])
+            self._hooks.begin()
             output = self.model(*args, **kwargs)
         self._awaits = "backward"
         return output
@@ -144,21 +159,35 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Backward pass of the micro-batch; ``loss`` (a scalar) is averaged over micro-batches and ranks."""
         self._expect("backward")
-        with self.executor.parts.part("backward"):
-            (loss * (self.scaler.scale / self.n_micro_batches)).backward()
+        with told(f"the backward pass of step {self._step}"), self.executor.parts.part("backward"), self._switches():
+            with managed_memory():
+                factor = self.scaler.factor / self.n_micro_batches
+            (loss * factor).backward()
             self.executor.finish()
         self._awaits = "step"
 
     def step(self) -> bool:
-        """Optimizer step if this was the last micro-batch of its step; True when parameters were updated."""
+        """Optimizer step if this was the last micro-batch of its step; True when it was.
+
+        A step whose gradients' norm is not finite changes nothing and is counted in ``skipped_steps``; the norm is taken
+        when there is clipping or fp16. On a GPU the host does not wait to know.
+        """
         self._expect("step")
         self._awaits = "forward"
         self._micro_batch += 1
         if self._micro_batch < self.n_micro_batches:
             return False
         self._micro_batch = 0
-        with self.executor.parts.part("offload" if self.strategy.offload_optimizer else "optimizer"):
-            return self._optimize()
+        part = "offload" if self.strategy.offload_optimizer else "optimizer"
+        with told(f"the optimizer step of step {self._step}"), self.executor.parts.part(part), self._switches():
+            self._optimize()
+        self._step += 1
+        return True
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because a gradient was not finite; reading it waits for the device."""
+        return self.scaler.skipped_steps
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -171,48 +200,60 @@ class Engine:
     def _start_step(self) -> None:
         self.comm.start_step()
         self.executor.start_step()
+        self.executor.start_late_steps(self.program.step[0].events)
 
-    def _optimize(self) -> bool:
+    def _optimize(self) -> None:
         ledger, executor = current_ledger(), self.executor
         if ledger is not None:
             ledger.enter("optimizer", "optimizer step")
-        executor.norm_squared = None
-        executor.step_count += 1
         events = self.program.step[-1].events
         split = executor.norm_end(events)
         executor.run_all(events[:split])
-        overflow = self._set_factor()
-        executor.skip_update = overflow
-        executor.step_count -= overflow
+        with managed_memory(), torch.no_grad():
+            overflow = self._decide(executor.norm_squared)
         executor.run_all(events[split:])
-        self.scaler.record(overflow)
-        return not overflow
+        with managed_memory(), torch.no_grad():
+            executor.end_updates()
+            if overflow is not None:
+                self.scaler.record(overflow)
 
-    def _set_factor(self) -> bool:
-        """From the norm: the factor on every gradient (mean over ranks, unscaling, clipping), and whether fp16 overflowed."""
-        inverse = 1.0 / (self.comm.size * self.scaler.scale)
-        square = self.executor.norm_squared
-        self.grad_norm = None if square is None else square.sqrt() * inverse
-        self.executor.grad_factor = inverse
-        if self.grad_norm is not None and self.strategy.grad_clip > 0:
-            clip = (self.strategy.grad_clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            self.executor.grad_factor = clip * inverse
-        if not self.scaler.enabled:
-            return False
-        assert self.grad_norm is not None
-        finite = torch.isfinite(self.grad_norm)
-        return has_data(finite) and not bool(finite)
+    def _decide(self, square: Tensor | None) -> Tensor | None:
+        """From the sum of squares: one factor on every gradient (mean over ranks, unscaling, clipping), and whether the
+        step is skipped (fp32 ``[1]``). All on the device, unless gradients are checked."""
+        inverse = 1.0 / (self.scaler.factor * self.comm.size)
+        if self.check_gradients:
+            self.nonfinite_gradients = self._find_nonfinite(square)
+        if square is None:
+            assert isinstance(inverse, float)
+            self.grad_norm = None
+            factor = None if inverse == 1.0 else torch.full((1,), inverse, device=self.device)
+            skip = torch.ones(1, device=self.device) if self.nonfinite_gradients else None
+            self.executor.begin_updates(factor, skip)
+            return skip
+        self.grad_norm = (square.sqrt() * inverse).view(())
+        overflow = square.isfinite().logical_not().float()
+        self.executor.begin_updates(gradient_factor(square, inverse, self.strategy.grad_clip), overflow)
+        return overflow
+
+    def _find_nonfinite(self, square: Tensor | None) -> list[str]:
+        trained = [storage for storage in self.storages if storage.group.kind.trained]
+        if not has_data(trained[0].step_grads) or (square is not None and bool(square.isfinite())):
+            return []
+        names = [[self._name_of(slot) for slot in storage.slots] for storage in trained]
+        return nonfinite_gradients(trained, names, self.comm, self.device)
 
     def meter_tables(self, ledger: Ledger) -> None:
-        """Report to ``ledger`` what lives beside the groups' buffers: the model's own (rotary tables) and scalars of the last step."""
+        """Report to ``ledger`` what lives beside the groups' buffers: the model's own (rotary tables)."""
         for buffer in self.model.buffers():
             storage = buffer.untyped_storage()
             ledger.hold(storage._cdata, Buffer("table", -1, "workspace", storage.nbytes()), storage)
-        for scalar in (self.grad_norm, self.executor.grad_factor):
-            if isinstance(scalar, Tensor):
-                ledger.adopt(scalar, "temporaries")
 
     # ---- help -----------------------------------------------------------------------------------------------------
+
+    def set_param_groups(self, groups: Sequence[ParamGroup]) -> None:
+        """From the next step on, what ``groups`` match is stepped with their coefficients. Raises ``InputError``."""
+        names = [[self._name_of(slot) for slot in storage.slots] for storage in self.storages]
+        self.executor.pieces = assign(self.storages, names, groups, self.executor.optimizer)
 
     def set_lr(self, lr: float) -> None:
         """Learning rate from the next step on (warm-up and decay schedules call this)."""
@@ -222,17 +263,24 @@ class Engine:
     def full_parameters(self) -> dict[str, Tensor]:
         """All parameters by name, gathered from every rank, as fp32 masters where there are any. A collective call."""
         named: dict[str, Tensor] = {}
+        self.executor.start_late_steps(self.program.step[0].events)
+        self.executor.finish_late_steps()
         for storage in self.storages:
-            shard = storage.master.to(self.device)
+            shard = masters_of(storage).to(self.device)
             full = torch.empty(storage.group.padded_numel, dtype=shard.dtype, device=self.device)
             if full.numel() == shard.numel():
                 full = shard
             else:
-                self.comm.gather_now(full, shard.contiguous())
+                self.comm.gather_now(full, shard.contiguous(), Span(self.layout.n_shards))
             for slot in storage.slots:
                 values = full[slot.offset : slot.offset + slot.param.numel].view(slot.param.shape)
                 named[self._name_of(slot)] = values.clone()
         return named
+
+    def close(self) -> None:
+        """Give files back, if the optimizer has any; the engine cannot be used any more."""
+        if self.nvme is not None:
+            self.nvme.close()
 
     def _name_of(self, slot: Slot) -> str:
         """The parameter's name in the model."""

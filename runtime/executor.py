@@ -7,11 +7,16 @@ itself runs the ``Compute`` events. If the model runs its units in another order
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from estimator.job.kernels import STEP_KERNELS
 from estimator.job.strategy import Strategy
 from estimator.schedule.events import (
     Accumulate,
@@ -22,18 +27,43 @@ from estimator.schedule.events import (
     Event,
     Free,
     GradNorm,
+    Keep,
+    Pack,
     Section,
+    Unpack,
     Update,
     Wait,
 )
+from runtime import compress
 from runtime.comm import Communicator
 from runtime.context import current_ledger, managed_memory
-from runtime.optimizer import OptimizerConfig, Shard, squared_norm, step_shard
+from runtime.kernels.grad_norm import squares
+from runtime.kernels.optimizer import optimizer_step
+from runtime.kernels.rules import Control
+from runtime.offload.delayed import LateSteps
+from runtime.offload.nvme import Transfer
+from runtime.offload.split import device_part, whole_shard
+from runtime.offload.states import NvmeStates
+from runtime.optimizer import OptimizerConfig, Shard, rule_of, squared_norm, step_shard
+from runtime.param_groups import Coefficients, Piece, cut_shard
 from runtime.parts import PartClock
 from runtime.storage import GroupStorage
 from runtime.streams import SideStreams
 
-_WAIT_PART = {"gather": "exposed_gather", "reduce": "exposed_reduce", "grad_norm": "exposed_other_comm"}
+_WAIT_PART = {
+    "gather": "exposed_gather",
+    "reduce": "exposed_reduce",
+    "cross": "exposed_reduce",
+    "grad_norm": "exposed_other_comm",
+}
+
+
+_WAIT_PART |= {
+    f"{verb}_{part}": _WAIT_PART[verb]
+    for verb in ("gather", "reduce", "cross")
+    for part in ("codes", "counts", "scales")
+}
+_COMPRESSION_PART = {"params": "exposed_gather", "grads": "exposed_reduce"}
 
 
 class Executor:
@@ -44,17 +74,31 @@ class Executor:
 
     def __init__(
         self, storages: list[GroupStorage], unit_names: list[str], strategy: Strategy, comm: Communicator,
-        optimizer: OptimizerConfig, device: torch.device,
+        optimizer: OptimizerConfig, device: torch.device, kernels: frozenset[str],
     ) -> None:  # fmt: skip
+        """``kernels``: names of those in use on ``device``; plain torch does the work of the others, and all work on the host."""
         self.storages, self.unit_names, self.strategy, self.comm = storages, unit_names, strategy, comm
         self.optimizer, self.device = optimizer, device
+        self._offloads = strategy.offload_optimizer
+        self._fused_norm = "grad_norm" in kernels
+        self._fused_step = STEP_KERNELS[strategy.optimizer] in kernels
         self.streams = SideStreams(device)
         self.parts = PartClock(device)
         self.lr = optimizer.lr
-        self.step_count = 0
-        self.grad_factor: float | Tensor = 1.0
-        self.skip_update = False
+        self.nvme: NvmeStates | None = None
+        """Obeys the copies between host and files, where masters and states are in files."""
+        self.pieces: list[list[Piece]] | None = None
+        """By group, where parameters are stepped with different coefficients (``runtime.param_groups``)."""
+        places = {"host": storages[0].host} if self._offloads else {"compute": device}
+        if any(s.buffers.device_part is not None for s in storages):
+            places["compute"] = device
+        self._step_counts = {stream: torch.zeros(1, device=place) for stream, place in places.items()}
+        """fp32, wherever the optimizer steps, by stream; steps that were skipped are not counted."""
+        self._decided: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._controls: dict[str, Control] = {}
+        self._late = LateSteps(storages, strategy.optimizer, optimizer) if strategy.delayed_update else None
         self.norm_squared: Tensor | None = None
+        """fp32 ``[1]`` on ``device``: the sum of squares of this step's gradients, while the optimizer section runs."""
         self.copy_bytes: Counter[str] = Counter()
         self._work: dict[tuple[str, int], Any] = {}
         self._events: tuple[Event, ...] = ()
@@ -62,6 +106,7 @@ class Executor:
         self._entered: Compute | None = None
         self._handlers: dict[type, Any] = {
             Alloc: self._alloc, Free: self._free, Collective: self._collective, Copy: self._copy, Wait: self._wait,
+            Pack: self._pack, Unpack: self._unpack, Keep: self._keep,
             Accumulate: self._accumulate, GradNorm: self._grad_norm, Update: self._update,
         }  # fmt: skip
 
@@ -77,6 +122,29 @@ class Executor:
         self.parts.start()
         self.streams.start_step()
         self.copy_bytes.clear()
+        if self.nvme is not None:
+            self.nvme.start_step()
+
+    def copy_seconds(self) -> dict[str, float]:
+        """Seconds by direction for which copies since ``start_step`` occupied their streams; waits for those of a GPU."""
+        return self.streams.copy_seconds() | (self.nvme.seconds() if self.nvme is not None else {})
+
+    def resume(self, steps: int) -> None:
+        """``steps`` have been taken before."""
+        for count in self._step_counts.values():
+            count.fill_(steps)
+
+    def start_late_steps(self, events: tuple[Event, ...]) -> None:
+        """Obey the section of a delayed update, where gradients of a step before are still to be stepped."""
+        if self._late is not None and self._late.due:
+            self.run_all(events)
+            self._late.due = False
+
+    def finish_late_steps(self) -> None:
+        """Wait for the late steps that have been started."""
+        for work in self._work.values():
+            if isinstance(work, Future):
+                work.result()
 
     @staticmethod
     def norm_end(events: tuple[Event, ...]) -> int:
@@ -85,6 +153,38 @@ class Executor:
             i for i, e in enumerate(events) if isinstance(e, GradNorm) or getattr(e, "tag", None) == ("grad_norm", -1)
         ]
         return norm_events[-1] + 1 if norm_events else 0
+
+    @torch.no_grad()
+    def begin_updates(self, factor: Tensor | None, skip: Tensor | None) -> None:
+        """Before a step's first ``Update``: ``factor`` multiplies all gradients; where ``skip`` is 1 nothing is changed.
+
+        Both fp32 ``[1]`` on the device, ``None``: 1 and 0. For an optimizer on the host they are read when it begins, which
+        waits for them.
+        """
+        for count in self._step_counts.values():
+            count.add_(1)
+        self._decided = factor, skip
+
+    def _control_in(self, stream: str) -> Control:
+        """What is decided for this step, where ``stream`` reads it."""
+        if stream not in self._controls:
+            count = self._step_counts[stream]
+            factor, skip = (x if x is None else x.to(count.device) for x in self._decided)
+            self._controls[stream] = Control(lr=self.lr, step=count, factor=factor, skip=skip)
+        return self._controls[stream]
+
+    @torch.no_grad()
+    def end_updates(self) -> None:
+        """After a step's last ``Update``."""
+        if self._late is not None:
+            self._late.remember(self._control_in("host"))
+        skip = self._decided[1]
+        for count in self._step_counts.values() if skip is not None else ():
+            count.sub_(skip.to(count.device))  # type: ignore[union-attr]
+        if self.nvme is not None:
+            self.nvme.commit(self._step_counts["host"])
+        self._controls.clear()
+        self.norm_squared = None
 
     def begin(self, section: Section) -> None:
         """Point at the start of a micro-batch."""
@@ -101,7 +201,10 @@ class Executor:
                 if isinstance(due, Compute)
                 else "the end of the micro-batch"
             )
-            raise RuntimeError(f"the model ran {phase} of {self.unit_names[unit]} where its program has {said}")
+            raise RuntimeError(
+                f"the model ran {phase} of {self.unit_names[unit]} where its program has {said}; every unit must run once in "
+                "each pass, in the order in which the model lists them"
+            )
         self._entered = due  # type: ignore[assignment]
         self._cursor += 1
         ledger = current_ledger()
@@ -154,21 +257,34 @@ class Executor:
     def _start_collective(self, event: Collective) -> Any:
         if event.purpose == "grad_norm":
             assert self.norm_squared is not None
-            return self.comm.all_reduce(self.norm_squared)
+            return self.comm.all_reduce(self.norm_squared, event.span)
         s = self.storages[event.group]
-        full = s.tensors["full_grads" if event.purpose == "grads" else "full_params"]
+        if event.ends is not None:
+            source, target = (s.tensors[role] for role in event.ends)
+            start = self.comm.all_gather if event.op == "all_gather" else self.comm.all_to_all
+            return start(target, source, event.span)
+        if event.tag[0] == "cross":
+            full = s.reduced_grads
+        else:
+            full = s.tensors["full_grads" if event.purpose == "grads" else "full_params"]
         assert full.numel() * full.element_size() == event.n_bytes
         if event.op == "all_gather":
             kept = s.tensors.get("staging", s.tensors.get("kept_params"))
             shard = kept if event.purpose == "params" and kept is not None else s.own_full_params
-            return self.comm.all_gather(full, shard)
+            return self.comm.all_gather(full, shard, event.span)
         if event.op == "reduce_scatter":
             reduced = s.tensors.get("reduced", s.tensors.get("grad_shard"))
-            return self.comm.reduce_scatter(s.own_full_grads if reduced is None else reduced, full)
-        return self.comm.all_reduce(full)
+            return self.comm.reduce_scatter(s.own_full_grads if reduced is None else reduced, full, event.span)
+        return self.comm.all_reduce(full, event.span)
 
     @torch.no_grad()
     def _copy(self, event: Copy) -> None:
+        if event.purpose == "states":
+            assert self.nvme is not None
+            self.copy_bytes[event.stream] += event.n_bytes
+            with managed_memory():
+                self._work[event.tag] = self.nvme.copy(event)
+            return
         source, target = self._ends_of(event, self.storages[event.group])
         assert source.numel() * source.element_size() == event.n_bytes
         self.copy_bytes[event.stream] += event.n_bytes
@@ -181,22 +297,50 @@ class Executor:
         if event.purpose == "params":
             return tensors["kept_params"], tensors["staging"] if "staging" in tensors else tensors["full_params"]
         if event.purpose == "grads":
-            return s.reduced_grads, tensors["host_grads"]
+            return s.reduced_grads[: tensors["host_grads"].numel()], tensors["host_grads"]
         if event.stream == "d2h":
             return tensors["full_params"], tensors["kept_params"]
-        if self.strategy.offload_param:
+        if s.is_offloaded:
             return s.step_params, s.own_full_params
         source = tensors.get("host_update", tensors.get("master"))
         assert source is not None
-        return source, s.device_shard
+        return source, s.device_shard[: source.numel()]
 
     def _wait(self, event: Wait) -> None:
         part = _WAIT_PART.get(event.tag[0], "offload")
         # gloo keeps copies of its own, as NCCL has buffers: neither is the job's tensors
         with self.parts.part(part), managed_memory():
-            self.streams.wait(event.stream, self._work.get(event.tag))
+            work = self._work.get(event.tag)
+            if self.nvme is not None and event.stream == "nvme_read":
+                self.nvme.read_after(work)
+            elif isinstance(work, Future):
+                work.result()
+            elif isinstance(work, Transfer):
+                work.wait()
+            else:
+                self.streams.wait(event.stream, work)
             if event.tag[0] in _WAIT_PART:
                 self._work.pop(event.tag, None)
+
+    # ---- compression ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _pack(self, event: Pack) -> None:
+        with self.parts.part(_COMPRESSION_PART[event.purpose]), managed_memory():
+            compress.pack(event, self.storages[event.group])
+
+    @torch.no_grad()
+    def _unpack(self, event: Unpack) -> None:
+        with self.parts.part(_COMPRESSION_PART[event.purpose]), managed_memory():
+            compress.unpack(event, self.storages[event.group])
+
+    @torch.no_grad()
+    def _keep(self, event: Keep) -> None:
+        tensors = self.storages[event.group].tensors
+        kept = tensors["secondary_params"]
+        start = self.comm.rank % self.strategy.secondary_shard * kept.numel()
+        with self.parts.part("exposed_gather"), managed_memory():
+            kept.copy_(tensors["full_params"][start : start + kept.numel()])
 
     # ---- arithmetic -----------------------------------------------------------------------------------------------
 
@@ -207,34 +351,53 @@ class Executor:
 
     @torch.no_grad()
     def _grad_norm(self, event: GradNorm) -> None:
-        with managed_memory():
-            square = squared_norm(self.storages[event.group].step_grads).to(self.device)
+        storage, on_host = self.storages[event.group], event.stream == "host"
+        grads = storage.step_grads if on_host else storage.reduced_grads
+        with self._part_of(event.stream), managed_memory():
+            fused = self._fused_norm and not on_host
+            square = squares([grads])[:1] if fused else squared_norm(grads).to(self.device).view(1)
             self.norm_squared = square if self.norm_squared is None else self.norm_squared.add_(square)
+
+    def _part_of(self, stream: str) -> AbstractContextManager[None]:
+        """What the device does in a step that is the host's otherwise is told apart."""
+        return self.parts.part("optimizer") if self._offloads and stream == "compute" else nullcontext()
 
     @torch.no_grad()
     def _update(self, event: Update) -> None:
-        if self.skip_update:
-            tensors = self.storages[event.group].tensors
-            if "host_update" in tensors:
-                tensors["host_update"].copy_(tensors["master"])
+        if self._late is not None:
+            self._work["update", event.group] = self._late.start(event.group)
             return
-        ledger = current_ledger()
-        if ledger is not None and event.stream == "host":
-            with ledger.on_host():
-                self._step_group(self.storages[event.group])
-        else:
-            self._step_group(self.storages[event.group])
+        ledger, on_host = current_ledger(), event.stream == "host"
+        place = ledger.on_host() if ledger is not None and on_host else nullcontext()
+        storage = self.storages[event.group]
+        split = self._offloads and not on_host
+        start = storage.group.shard_numel - event.numel if split else 0
+        with place, self._part_of(event.stream), managed_memory():
+            shard, control = device_part(storage) if split else whole_shard(storage), self._control_in(event.stream)
+            for (lr_scale, weight_decay), spans in self._pieces_of(event, start):
+                config = replace(self.optimizer, weight_decay=weight_decay)
+                shards = [cut_shard(shard, span) for span in spans]
+                self._step(shards, config, replace(control, lr=self.lr * lr_scale), on_host)
 
-    def _step_group(self, s: GroupStorage) -> None:
-        shard = Shard(
-            master=s.master,
-            grads=s.step_grads,
-            states=[s.tensors[b.role] for b in s.buffers.optimizer_states],
-            target=s.step_params if "master" in s.tensors else None,
-            temp=s.tensors.get("update_temp"),
-        )
-        with managed_memory():
-            device = shard.master.device
-            step = torch.tensor(float(self.step_count), device=device)
-            factor = self.grad_factor.to(device) if isinstance(self.grad_factor, Tensor) else self.grad_factor
-            step_shard(self.strategy.optimizer, self.optimizer, self.lr, step, factor, shard)
+    def _pieces_of(self, event: Update, start: int) -> Iterator[tuple[Coefficients, list[slice]]]:
+        """Coefficients, and the spans that have them of what ``event`` steps, which begins at ``start`` of the shard."""
+        if self.pieces is None:
+            yield Coefficients(1.0, self.optimizer.weight_decay), [slice(0, event.numel)]
+            return
+        for piece in self.pieces[event.group]:
+            spans = piece.within(start, start + event.numel)
+            if spans:
+                yield piece.coefficients, spans
+
+    def _step(self, shards: list[Shard], config: OptimizerConfig, control: Control, on_host: bool) -> None:
+        kind = self.strategy.optimizer
+        if self._fused_step and not on_host:
+            states = [list(of_all) for of_all in zip(*(shard.states for shard in shards), strict=True)]
+            copies = [shard.target for shard in shards if shard.target is not None] or None
+            optimizer_step(
+                rule_of(kind, config), [s.master for s in shards], [s.grads for s in shards], states, control, copies
+            )
+            return
+        assert control.step is not None and not isinstance(control.lr, Tensor)
+        for shard in shards:
+            step_shard(kind, config, control.lr, control.step, control.factor, shard, control.skip)

@@ -1,4 +1,4 @@
-"""Optimizer steps on flat shards, in place: torch's fused kernels on fp32 state, a chunk at a time."""
+"""Optimizer steps on flat shards, in place: the rules of this project's kernels, or torch's fused ones a chunk at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from estimator.errors import invalid
+from estimator.errors import InputError, invalid
 from estimator.job.strategy import Optimizer
 from estimator.schedule.buffers import UPDATE_CHUNK_NUMEL
+from runtime.context import has_data
+from runtime.kernels.rules import Adam, Rule, Sgd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +35,33 @@ class OptimizerConfig:
             raise invalid("optimizer.eps, weight_decay", (self.eps, self.weight_decay), "numbers >= 0")
 
 
+def rule_of(kind: Optimizer, config: OptimizerConfig) -> Rule:
+    """The rule by which ``runtime.kernels`` takes the step that ``update`` takes with torch."""
+    if kind == "sgd":
+        return Sgd(momentum=config.betas[0], weight_decay=config.weight_decay)
+    return Adam(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, decoupled=kind == "adamw")
+
+
 def update(
-    kind: Optimizer, config: OptimizerConfig, lr: float, step: Tensor, param: Tensor, grad: Tensor, states: list[Tensor]
-) -> None:
-    """One step, in place. ``param``, ``grad``, ``states``: fp32 of one shape; ``step``: fp32 scalar, 1 on the first step.
+    kind: Optimizer, config: OptimizerConfig, lr: float, step: Tensor, param: Tensor, grad: Tensor,
+    states: list[Tensor], skip: Tensor | None = None,
+) -> None:  # fmt: skip
+    """One step, in place. ``param``, ``grad``, ``states``: fp32 of one shape; ``step``: fp32 of one element, 1 on the first
+    step; ``skip``: likewise, on the same device: where it is 1 nothing is changed.
 
     Kingma & Ba 2015 (Adam), Loshchilov & Hutter 2019 (AdamW), Sutskever et al. 2013 (SGD with momentum), as in torch.optim.
     """
     if kind == "sgd":
-        torch._fused_sgd_(
-            [param], [grad], states, weight_decay=config.weight_decay, momentum=config.betas[0], lr=lr,
-            dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
-        )  # fmt: skip
+        if has_data(param):  # torch's fused SGD has no form for tensors without data; it allocates nothing
+            torch._fused_sgd_(
+                [param], [grad], states, weight_decay=config.weight_decay, momentum=config.betas[0], lr=lr,
+                dampening=0.0, nesterov=False, maximize=False, is_first_step=False, found_inf=skip,
+            )  # fmt: skip
         return
     fused = torch._fused_adamw_ if kind == "adamw" else torch._fused_adam_
     fused(
         [param], [grad], [states[0]], [states[1]], [], [step], lr=lr, beta1=config.betas[0], beta2=config.betas[1],
-        weight_decay=config.weight_decay, eps=config.eps, amsgrad=False, maximize=False,
+        weight_decay=config.weight_decay, eps=config.eps, amsgrad=False, maximize=False, found_inf=skip,
     )  # fmt: skip
 
 
@@ -69,17 +81,18 @@ class Shard:
 
 
 def step_shard(
-    kind: Optimizer, config: OptimizerConfig, lr: float, step: Tensor, factor: float | Tensor, shard: Shard
-) -> None:
+    kind: Optimizer, config: OptimizerConfig, lr: float, step: Tensor, factor: Tensor | None, shard: Shard,
+    skip: Tensor | None = None,
+) -> None:  # fmt: skip
     """One step of ``shard``, chunk by chunk: gradients widened and multiplied by ``factor``, ``update``, written back."""
     for start in range(0, shard.master.numel(), UPDATE_CHUNK_NUMEL):
         part = slice(start, min(start + UPDATE_CHUNK_NUMEL, shard.master.numel()))
         grad = shard.grads[part]
         if shard.temp is not None:
             grad = shard.temp[: part.stop - part.start].copy_(grad)
-        if isinstance(factor, Tensor) or factor != 1.0:
+        if factor is not None:
             grad.mul_(factor)
-        update(kind, config, lr, step, shard.master[part], grad, [state[part] for state in shard.states])
+        update(kind, config, lr, step, shard.master[part], grad, [state[part] for state in shard.states], skip)
         if shard.target is not None:
             shard.target[part].copy_(shard.master[part])
 
@@ -101,26 +114,54 @@ def squared_norm(flat: Tensor) -> Tensor:
     return rows.square_().sum().add_(rest.square_())
 
 
+_LARGEST_SCALE = 2.0**64
+"""Gradients that are all zero never overflow: without a bound the scale would become infinite."""
+
+
 class LossScaler:
-    """Dynamic loss scale for fp16 (Micikevicius et al. 2018): halved on overflow, doubled after a quiet while."""
+    """Dynamic loss scale for fp16 (Micikevicius et al. 2018): halved on overflow, doubled after a quiet while.
 
-    def __init__(self, dtype: str, initial: float = 2.0**16, growth_interval: int = 2000) -> None:
+    Its numbers are fp32 scalars on ``device``, where overflow is found: the host waits only when it reads them.
+    """
+
+    def __init__(
+        self, dtype: str, device: torch.device | str = "cpu", initial: float = 2.0**16, growth_interval: int = 2000
+    ) -> None:
         self.enabled = dtype == "fp16"
-        self.scale = initial if self.enabled else 1.0
         self.growth_interval = growth_interval
-        self.skipped_steps = 0
-        self._quiet_steps = 0
+        self._scale, self._quiet_steps, self._skipped_steps = (
+            torch.full((), value, dtype=torch.float32, device=device)
+            for value in (initial if self.enabled else 1.0, 0.0, 0.0)
+        )
 
-    def record(self, overflow: bool) -> None:
-        """Adjust after a step that overflowed (and was skipped) or did not."""
+    @property
+    def factor(self) -> float | Tensor:
+        """What the loss is multiplied by: a scalar on the device, or 1."""
+        return self._scale if self.enabled else 1.0
+
+    @property
+    def scale(self) -> float:
+        """``factor`` as a number, which waits for the device. Setting it raises ``InputError`` without fp16."""
+        return self._scale.item() if self.enabled else 1.0
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if not self.enabled:
+            raise InputError(f"loss scale is set to {value}; only fp16 has one")
+        self._scale.fill_(value)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because a gradient was not finite; reading it waits for the device."""
+        return int(self._skipped_steps.item())
+
+    def record(self, overflow: Tensor) -> None:
+        """Adjust after a step. ``overflow``: fp32 of one element on the scaler's device, 1 when the step was skipped, else 0."""
+        skipped = overflow.view(())
+        self._skipped_steps.add_(skipped)
         if not self.enabled:
             return
-        if overflow:
-            self.scale = max(self.scale / 2, 1.0)
-            self.skipped_steps += 1
-            self._quiet_steps = 0
-            return
-        self._quiet_steps += 1
-        if self._quiet_steps == self.growth_interval:
-            self.scale *= 2
-            self._quiet_steps = 0
+        self._quiet_steps.add_(1).mul_(1 - skipped)
+        grows = (self._quiet_steps == self.growth_interval).float()
+        self._quiet_steps.mul_(1 - grows)
+        self._scale.mul_(1 + grows - skipped / 2).clamp_(1.0, _LARGEST_SCALE)

@@ -1,4 +1,5 @@
-"""The same training in plain PyTorch: one process, whole parameters, torch's own optimizers. What the engine must equal.
+"""The same training in plain PyTorch: one process, whole parameters, torch's own optimizers, no kernels of this project.
+What the engine must equal.
 
 Gradients are added in the order that the stage prescribes: over micro-batches first where they stay local (stages 0, 1),
 over ranks first where every micro-batch is reduced (2, 3). So on one and two ranks (a + b = b + a) both give the same bits
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from estimator.job.strategy import Strategy
+from runtime.kernels.registry import switched_off
 from runtime.optimizer import LossScaler, OptimizerConfig
 from runtime.storage import TORCH_DTYPES
 
@@ -52,20 +54,21 @@ class PlainOutcome:
     """fp32 masters by name."""
 
 
+@switched_off("all")
 def train_plain(
     model: nn.Module, strategy: Strategy, optimizer: OptimizerConfig, batches: Batches, *, n_ranks: int,
     n_micro_batches: int, steps: int,
 ) -> PlainOutcome:  # fmt: skip
     """Train ``model`` (fp32, returns its loss) as ``n_ranks`` ranks would, their batches one after another.
 
-    Of ``strategy`` only the stage's order of additions, dtype, optimizer and clipping matter: sharding, offload and
-    recomputation change nothing. The model is left in the strategy's dtype.
+    Of ``strategy`` only the stage's order of additions, dtypes, optimizer, clipping and delay matter: sharding, offload and
+    recomputation change nothing. A delayed update leaves the model with the parameters of the step before. The model is left in the strategy's dtype.
     """
     masters = [p.detach().clone() for p in model.parameters()]
     model.to(TORCH_DTYPES[strategy.dtype])
     params = list(model.parameters())
     stepper = _optimizer(strategy, optimizer, masters)
-    scaler = LossScaler(strategy.dtype)
+    scaler = LossScaler(strategy.dtype, params[0].device)
     ranks_first = strategy.zero_stage >= 2 and n_ranks > 1
     losses = []
     for step in range(steps):
@@ -74,25 +77,38 @@ def train_plain(
         def gradients(rank: int, micro: int, step: int = step) -> Sequence[Tensor]:
             loss = model(*batches(step, rank, micro))
             losses[step][rank][micro] = loss.item()
-            return torch.autograd.grad(loss * (scaler.scale / n_micro_batches), params)
+            grads = torch.autograd.grad(loss * (scaler.factor / n_micro_batches), params)
+            return [grad.to(TORCH_DTYPES[strategy.grads]) for grad in grads]
 
-        if ranks_first:
-            total = _sum(_sum(gradients(r, m) for r in range(n_ranks)) for m in range(n_micro_batches))
-        else:
-            total = _sum(_sum(gradients(r, m) for m in range(n_micro_batches)) for r in range(n_ranks))
+        def of_replica(ranks: range, gradients: Callable[..., Sequence[Tensor]] = gradients) -> Sequence[Tensor]:
+            if ranks_first:
+                return _sum(_sum(gradients(r, m) for r in ranks) for m in range(n_micro_batches))
+            return _sum(_sum(gradients(r, m) for m in range(n_micro_batches)) for r in ranks)
+
+        size = strategy.shard_size or n_ranks
+        total = _sum(of_replica(range(first, first + size)) for first in range(0, n_ranks, size))
         for master, grad in zip(masters, total, strict=True):
-            master.grad = grad.float() / (n_ranks * scaler.scale)
-        overflow = scaler.enabled and not all(bool(torch.isfinite(m.grad).all()) for m in masters if m.grad is not None)
+            master.grad = grad.float() / (scaler.factor * n_ranks)
+        looks = scaler.enabled or strategy.grad_clip > 0
+        overflow = looks and not all(bool(torch.isfinite(m.grad).all()) for m in masters if m.grad is not None)
+        if strategy.delayed_update:
+            _publish(masters, params)
         if not overflow:
             if strategy.grad_clip > 0:
                 _clip(masters, strategy.grad_clip)
             stepper.step()
-        scaler.record(overflow)
-        with torch.no_grad():
-            for param, master in zip(params, masters, strict=True):
-                param.copy_(master)
+        if scaler.enabled:
+            scaler.record(torch.full((1,), float(overflow), device=params[0].device))
+        if not strategy.delayed_update:
+            _publish(masters, params)
     names = [name for name, _ in model.named_parameters()]
     return PlainOutcome(losses=losses, params=dict(zip(names, masters, strict=True)))
+
+
+@torch.no_grad()
+def _publish(masters: Iterable[Tensor], params: Iterable[Tensor]) -> None:
+    for param, master in zip(params, masters, strict=True):
+        param.copy_(master)
 
 
 def _sum(terms: Iterable[Sequence[Tensor]]) -> Sequence[Tensor]:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import gc
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from estimator.errors import InputError
+from estimator.job.grouping import rounding_fields
 from estimator.job.job import Job
+from estimator.job.kernels import KERNELS, kernels_in_use
 from estimator.memory.reader import StepMemory
-from runtime.context import input_memory, metered_by
+from estimator.ops.kernels.chip import chip_of
+from runtime.context import has_data, input_memory, metered_by
 from runtime.engine import Engine, initialize
 from runtime.history import AllocatorHistory
 from runtime.hollow import hollow
 from runtime.host_memory import keep_freed_memory
+from runtime.kernels import loader, registry
 from runtime.ledger import Ledger
 from runtime.models import Decoder
 from runtime.models.decoder import initial_values
+from runtime.offload.states import NvmePlace
 from runtime.optimizer import OptimizerConfig
 from runtime.reference import PARITY_OPTIMIZER, relative_difference, train_plain
 
@@ -45,6 +52,9 @@ class SessionOptions:
     reference: bool = False
     """Train the same model again in plain PyTorch and compare (``runtime.reference``, with its ``PARITY_OPTIMIZER``
     instead of ``lr``). Rank 0 does so, alone and for all ranks, when everything else is measured."""
+
+    nvme_folder: str | None = None
+    """Where a job with offload ``optimizer:nvme`` has its files meanwhile; nothing is left there."""
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -75,11 +85,20 @@ class Measurement:
     copy_bytes: dict[str, int] = field(default_factory=dict)
     copy_seconds: dict[str, float] = field(default_factory=dict)
     """Median seconds per step for which copies occupied their streams, by direction."""
+    file_access: str = ""
+    """How an optimizer's files were accessed, and the kind of file system; empty without files."""
     losses: tuple[float, ...] = ()
+    skipped_steps: int = 0
+    """Steps that changed nothing because a gradient was not finite; warm-up and the metered step count too."""
     attribution: dict[str, Any] = field(default_factory=dict)
     """``runtime.snapshot.attribute`` of the metered step; empty without CUDA's caching allocator."""
     parity: dict[str, float] = field(default_factory=dict)
     """Largest relative difference from plain PyTorch: ``loss`` and ``params``; empty unless asked for, or on ranks > 0."""
+
+    @property
+    def copy_bytes_per_s(self) -> dict[str, float]:
+        """What copies reached while they went on, by direction: ``h2d``, ``d2h``, ``nvme_read``, ``nvme_write``."""
+        return {way: self.copy_bytes[way] / seconds for way, seconds in self.copy_seconds.items() if seconds > 0}
 
 
 def run_session(
@@ -98,19 +117,69 @@ def run_session(
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if ranks != job.dp:
         raise InputError(f"the process group has {ranks} ranks; allowed: {job.dp}, the job's data-parallel size")
+    if options.reference and job.dp > 1 and (rounds := rounding_fields(job.strategy)):
+        raise InputError(
+            f"parity with plain PyTorch is asked for with {' and '.join(rounds)}, which rounds what ranks exchange; allowed: "
+            "strategies without"
+        )
     if device == "fake-cpu":
         with FakeTensorMode():
             return _run(job, "cpu", options, rank, on_step, is_real=False)
     if device == "cpu":
         keep_freed_memory()
-    return _run(job, device, options, rank, on_step, is_real=device != "meta")
+        return _run(job, device, options, rank, on_step, is_real=True)
+    with _kernels_of(job):
+        return _run(job, device, options, rank, on_step, is_real=device != "meta")
+
+
+@contextmanager
+def _kernels_of(job: Job) -> Iterator[None]:
+    """Inside, the kernels that work are those that the job's forecast counts on, and ``meta`` stands for its GPU.
+
+    Raises ``InputError`` where the environment switches off others.
+    """
+    gpu = job.cluster.gpu
+    wanted = kernels_in_use(gpu.arch, job.strategy.kernels_off)
+    missing = sorted(name for name in wanted if not registry.enabled(name))
+    if missing:
+        raise InputError(
+            f"{registry.ENVIRONMENT} switches off {', '.join(missing)}, which the job's forecast counts on; "
+            "allowed: the names in the job's strategy.kernels_off"
+        )
+    chip = loader.standing_for(chip_of(gpu.arch, gpu.n_sms)) if wanted else nullcontext()
+    with chip, registry.switched_off(*(KERNELS.keys() - wanted)):
+        yield
 
 
 def _run(
     job: Job, device: str, options: SessionOptions, rank: int, on_step: Callable[[int, float], None] | None,
     *, is_real: bool,
 ) -> Measurement:  # fmt: skip
-    engine = _make_engine(job, device, options, is_real)
+    with _nvme_place(job, options, is_real) as nvme:
+        return _measured(job, device, options, rank, on_step, _make_engine(job, device, options, is_real, nvme))
+
+
+@contextmanager
+def _nvme_place(job: Job, options: SessionOptions, is_real: bool) -> Iterator[NvmePlace | None]:
+    """A folder for this rank's files that is gone afterwards."""
+    if not (is_real and job.strategy.offload_nvme):
+        yield None
+        return
+    if options.nvme_folder is None:
+        raise InputError("nvme_folder is not given; offload 'optimizer:nvme' needs a folder for the optimizer's files")
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="zerocast-", dir=options.nvme_folder)
+    except OSError as error:
+        where = repr(options.nvme_folder)
+        raise InputError(f"nvme_folder is {where}, where no folder can be made: {error.strerror}") from None
+    with folder as name:
+        yield NvmePlace(folder=Path(name))
+
+
+def _measured(
+    job: Job, device: str, options: SessionOptions, rank: int, on_step: Callable[[int, float], None] | None, engine: Engine,
+) -> Measurement:  # fmt: skip
+    is_real = has_data(next(engine.model.parameters()))
     batches = _Batches(job, device, options.seed + rank)
     timed = _timed_steps(engine, batches, options, on_step) if is_real else _Timed()
     attribution: dict[str, Any] = {}
@@ -136,12 +205,16 @@ def _run(
         collective_calls=dict(engine.comm.calls),
         copy_bytes=dict(engine.executor.copy_bytes),
         copy_seconds=_medians(timed.copies),
+        file_access=engine.nvme.access if engine.nvme is not None else "",
         losses=tuple(timed.losses),
+        skipped_steps=engine.skipped_steps if is_real else 0,
         attribution=attribution,
     )
     if not options.reference:
+        engine.close()
         return measured
     trained = {name: param.cpu() for name, param in engine.full_parameters().items()}
+    engine.close()
     del engine
     gc.collect()  # it holds itself through its hooks
     return replace(measured, parity=_parity(job, device, options, measured.losses, trained)) if rank == 0 else measured
@@ -153,7 +226,7 @@ def _medians(of_steps: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(step.get(name, 0.0) for step in of_steps) for name in names}
 
 
-def _make_engine(job: Job, device: str, options: SessionOptions, is_real: bool) -> Engine:
+def _make_engine(job: Job, device: str, options: SessionOptions, is_real: bool, nvme: NvmePlace | None) -> Engine:
     """On a device with data the fp32 model is never there as a whole: its parameters are drawn into their groups."""
     with torch.device("meta" if is_real else device):
         model = Decoder(job.model, seq_len=job.workload.seq_len)
@@ -168,6 +241,7 @@ def _make_engine(job: Job, device: str, options: SessionOptions, is_real: bool) 
         n_micro_batches=job.n_micro_batches,
         optimizer=options.optimizer,
         fill=fill,
+        nvme=nvme,
     )
 
 
@@ -250,7 +324,7 @@ def _timed_steps(
             timed.seconds.append(elapsed)
             timed.device_seconds += [clock.between(start, end)] if cuda else []
             timed.parts.append(engine.seconds)
-            timed.copies.append(engine.executor.streams.copy_seconds())
+            timed.copies.append(engine.executor.copy_seconds())
             timed.losses.append(loss.item())
     return timed
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from estimator.job.strategy import Strategy
 from estimator.schedule.buffers import GroupBuffers
 from estimator.schedule.events import Buffer
 from estimator.sharding.layout import Group, Slot
 from runtime.context import current_ledger, managed_memory
+from runtime.offload.states import NvmeStates, slot_memory
 
-Fill = Callable[[str, Tensor], None]
-"""Writes the initial values of the parameter of that name into an fp32 tensor of its shape."""
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+MESSAGE_ROLES = frozenset(
+    f"{kind}{part}" for kind in ("", "received_", "unordered_") for part in ("codes", "counts", "scales")
+)
+"""Buffers of compressed collectives: bytes."""
+_SUM_ROLES = frozenset(("error", "server_error", "partial_sum"))
+"""fp32 beside gradients of any dtype."""
+_ZERO_ROLES = frozenset(("full_grads", "error", "server_error"))
 
 
 class GroupStorage:
@@ -25,41 +32,55 @@ class GroupStorage:
     """
 
     def __init__(
-        self, group: Group, buffers: GroupBuffers, slots: list[Slot], params: list[nn.Parameter], dtype: str,
+        self, group: Group, buffers: GroupBuffers, slots: list[Slot], params: list[nn.Parameter], strategy: Strategy,
         device: torch.device, rank: int,
     ) -> None:  # fmt: skip
         self.group, self.buffers, self.slots, self.params = group, buffers, slots, params
-        self.dtype, self.device, self.rank = TORCH_DTYPES[dtype], device, rank
+        self.dtype, self.grad_dtype = TORCH_DTYPES[strategy.dtype], TORCH_DTYPES[strategy.grads]
+        self.device, self.rank = device, rank
         self.host = torch.device("meta") if device.type == "meta" else torch.device("cpu")
         self.tensors: dict[str, Tensor] = {}
-        self.trained = [p.requires_grad for p in params]
+        self._alive: dict[str, Buffer] = {}
         self._n_shards = group.padded_numel // group.shard_numel
+        self.files: NvmeStates | None = None
+        """Where masters and states are while they are not in ``tensors``."""
 
     # ---- making and dropping --------------------------------------------------------------------------------------
 
     def alloc(self, buffer: Buffer) -> Tensor:
         """Bring ``buffer`` to life, uninitialised (gradients: zero)."""
+        self._alive[buffer.role] = buffer
         if buffer.role == "full_params" and buffer.role in self.tensors:
             full = self.tensors["full_params"]
             full.untyped_storage().resize_(buffer.n_bytes)
             self._meter(buffer, alive=True)
             return full
-        fp32 = buffer.category in ("master_params", "optimizer_state", "temporaries")
-        dtype = torch.float32 if fp32 else self.dtype
+        dtype = self._dtype_of(buffer)
         numel = buffer.n_bytes // dtype.itemsize
         place = self.host if buffer.place == "host" else self.device
         pinned = buffer.place == "host" and self.device.type == "cuda"
-        make = torch.zeros if buffer.role in ("full_grads", "optimizer_state_0", "optimizer_state_1") else torch.empty
+        make = torch.zeros if buffer.role in _ZERO_ROLES or buffer.category == "optimizer_state" else torch.empty
         with managed_memory():
-            tensor = make(numel, dtype=dtype, device=place, pin_memory=pinned)
+            if buffer.role.startswith("slot_"):
+                tensor = slot_memory(buffer.n_bytes, place, pinned=pinned)
+            else:
+                tensor = make(numel, dtype=dtype, device=place, pin_memory=pinned)
         self.tensors[buffer.role] = tensor
         self._meter(buffer, alive=True)
         if buffer.role == "full_grads":
             self._point_grads(tensor)
         return tensor
 
+    def _dtype_of(self, buffer: Buffer) -> torch.dtype:
+        if buffer.role in MESSAGE_ROLES:
+            return torch.uint8
+        if buffer.role in _SUM_ROLES or buffer.category in ("master_params", "optimizer_state", "temporaries"):
+            return torch.float32
+        return self.grad_dtype if buffer.category in ("grads", "reduce_buckets") else self.dtype
+
     def free(self, buffer: Buffer) -> None:
         """Give ``buffer``'s bytes back."""
+        del self._alive[buffer.role]
         self._meter(buffer, alive=False)
         if buffer.role == "full_params":
             self.tensors["full_params"].untyped_storage().resize_(0)
@@ -77,50 +98,40 @@ class GroupStorage:
 
     def meter_all(self) -> None:
         """Report every buffer that is alive now (a ledger that starts later than the engine)."""
-        for buffer in self._all_buffers():
-            if buffer.role in self.tensors and self.tensors[buffer.role].untyped_storage().nbytes():
-                self._meter(buffer, alive=True)
-
-    def _all_buffers(self) -> list[Buffer]:
-        b = self.buffers
-        named = (b.full_params, b.kept_params, b.full_grads, b.grad_shard, b.host_grads, b.master, *b.optimizer_states)
-        return [x for x in named if x is not None]
+        for buffer in self._alive.values():
+            self._meter(buffer, alive=True)
 
     # ---- filling --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def adopt_parameters(self, names: list[str], fill: Fill | None) -> None:
-        """Copy the model's own values into the flat buffers, then let the parameters view them.
-
-        The values are the parameters' own, or what ``fill`` writes for the parameter of each name (``names``: in slot order).
-        """
-        with managed_memory():
-            full32 = torch.zeros(self.group.padded_numel, dtype=torch.float32, device=self.params[0].device)
-            for name, slot, param in zip(names, self.slots, self.params, strict=True):
-                if fill is None:
-                    _cut(full32, slot).copy_(param.detach())
-                else:
-                    fill(name, _cut(full32, slot))
-            shard32 = self._own_slice(full32)
-            if "master" in self.tensors:
-                self.tensors["master"].copy_(shard32)
-            kept = self.tensors.get("kept_params")
-            if kept is not None:
-                kept.copy_(shard32 if kept.numel() == self.group.shard_numel else full32)
-                full = torch.empty(self.group.padded_numel, dtype=self.dtype, device=self.device)
-                self.tensors["full_params"] = full
-            else:
-                full = self.tensors["full_params"]
-                full.copy_(full32)
-            for slot, param in zip(self.slots, self.params, strict=True):
-                param.data = _cut(full, slot)
-            if kept is not None:
-                full.untyped_storage().resize_(0)
+    def adopt(self, full32: Tensor) -> None:
+        """Fill the flat buffers from ``full32``, all of the group in fp32, then let the parameters view them."""
+        shard32 = self._own_slice(full32)
+        if "master" in self.tensors and self.files is None:
+            self.tensors["master"].copy_(shard32[: self.tensors["master"].numel()])
+        if "host_update" in self.tensors:
+            self.tensors["host_update"].copy_(shard32[: self.tensors["host_update"].numel()])
+        if self.files is not None:
+            self.files.adopt(self, shard32)
+        if "device_master" in self.tensors:
+            self.tensors["device_master"].copy_(shard32[-self.tensors["device_master"].numel() :])
+        kept = self.tensors.get("kept_params")
+        if kept is not None:
+            kept.copy_(shard32 if kept.numel() == self.group.shard_numel else full32)
+            full = torch.empty(self.group.padded_numel, dtype=self.dtype, device=self.device)
+            self.tensors["full_params"] = full
+        else:
+            full = self.tensors["full_params"]
+            full.copy_(full32)
+        for slot, param in zip(self.slots, self.params, strict=True):
+            param.data = cut(full, slot)
+            if self.grad_dtype != self.dtype:
+                param.grad_dtype = None  # any: autograd then adds its low-precision gradient to ours in place
+        if kept is not None:
+            full.untyped_storage().resize_(0)
 
     def _point_grads(self, flat: Tensor) -> None:
-        for slot, param, trained in zip(self.slots, self.params, self.trained, strict=True):
-            if trained:
-                param.grad = _cut(flat, slot)
+        for slot, param in zip(self.slots, self.params, strict=True):
+            param.grad = cut(flat, slot)
 
     # ---- views ----------------------------------------------------------------------------------------------------
 
@@ -153,6 +164,11 @@ class GroupStorage:
         return self.own_full_grads if shard is None else shard
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether its parameters live in host memory."""
+        return self.buffers.kept_params is not None and self.buffers.kept_params.place == "host"
+
+    @property
     def device_shard(self) -> Tensor:
         """This rank's parameters on the device, in the model's dtype, where they are kept there."""
         kept = self.tensors.get("kept_params")
@@ -175,6 +191,6 @@ class GroupStorage:
         return self.step_params if master is None else master
 
 
-def _cut(flat: Tensor, slot: Slot) -> Tensor:
+def cut(flat: Tensor, slot: Slot) -> Tensor:
     """The parameter at ``slot`` as a view of ``flat``."""
     return flat[slot.offset : slot.offset + slot.param.numel].view(slot.param.shape)

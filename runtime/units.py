@@ -17,12 +17,17 @@ class LiveUnit(NamedTuple):
     unit: Unit
     params: list[nn.Parameter]
 
+    def param(self, described: Param) -> nn.Parameter:
+        """The parameter that ``described`` (one of ``unit.params``) describes."""
+        return self.params[self.unit.params.index(described)]
+
 
 def find_units(model: nn.Module) -> list[LiveUnit]:
     """The children of ``model`` in order, lists of modules taken apart (``embed``, ``blocks.0``, ..., ``head``).
 
     They must run once each per forward pass, in this order, and hold all parameters; a parameter that several share
-    belongs to the first, the others borrow it. Raises ``InputError`` otherwise.
+    belongs to the first, the others borrow it. A module that is listed more than once is as many units, which share all
+    parameters. Raises ``InputError`` otherwise.
     """
     modules: list[tuple[str, nn.Module]] = []
     for name, child in model.named_children():
@@ -44,7 +49,7 @@ def find_units(model: nn.Module) -> list[LiveUnit]:
                 borrows.append(owner[param])
                 continue
             owner[param] = len(units)
-            mine.append(Param(param_name, tuple(param.shape)))
+            mine.append(Param(param_name, tuple(param.shape), param.requires_grad))
             params.append(param)
         if not mine and not borrows:
             continue
@@ -56,4 +61,6 @@ def find_units(model: nn.Module) -> list[LiveUnit]:
         units.append(LiveUnit(module, unit, params))
     if not units:
         raise InputError("model has no parameters; there is nothing to train")
+    if not any(unit.unit.is_trained for unit in units):
+        raise InputError("no parameter of the model requires a gradient; there is nothing to train")
     return units

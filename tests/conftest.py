@@ -8,6 +8,39 @@ from typing import NamedTuple
 
 import pytest
 
+ALONE = {
+    "dashboard/test_browser.py": "a browser and a server",
+    "estimator/test_catalog.py": "a bound in seconds",
+    "runtime/test_fake_cpu.py": "groups of processes",
+    "runtime/test_faults.py": "groups of processes that must end in time",
+    "runtime/test_parity.py": "groups of processes",
+    "runtime/test_parts.py": "times held against each other",
+    "runtime/test_products.py": "groups of processes",
+    "test_architecture.py": "start-up held against that of bare Python",
+    "validator/test_calibrate.py": "a calibration",
+    "validator/test_calibrate_rounds.py": "a budget in seconds",
+    "validator/test_calibrate_tasks.py": "times held against each other",
+    "validator/test_campaign.py": "a budget in seconds",
+    "validator/test_gate_real.py": "times held against each other",
+    "validator/test_nodes.py": "a port, and torchrun twice",
+    "validator/test_ranking.py": "times held against a forecast",
+    "validator/test_runner.py": "groups of processes with time limits",
+    "validator/test_timing.py": "times held against each other",
+    "validator/test_yardstick.py": "times held against each other",
+    "zerocast/test_cli.py": "a server, and signals in time",
+    "zerocast/test_pytest_plugin.py": "start-up in milliseconds",
+}
+"""Test files that other tests at the same time would disturb, and why: what they need is the machine to themselves."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of ``ALONE``: ``make test`` runs the others two at a time, and then these."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix() in ALONE:
+            item.add_marker("alone")
+
 
 class Ran(NamedTuple):
     """What a command line left behind."""

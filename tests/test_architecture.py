@@ -92,6 +92,12 @@ def test_files_are_small() -> None:
     assert not long, f"past {MAX_LINES} lines: {long}"
 
 
+def test_tests_that_run_alone_exist() -> None:
+    from tests.conftest import ALONE
+
+    assert [name for name in ALONE if not (TREE / "tests" / name).exists()] == []
+
+
 def test_nobody_prints_below_the_face() -> None:
     found = []
     for path in sources("estimator", "runtime", "validator"):

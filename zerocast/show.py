@@ -93,7 +93,7 @@ def job_title(job: Job) -> str:
         f"micro-batch {w.micro_batch_size}", f"global batch {w.global_batch_size}",
     ]  # fmt: skip
     if s.offload != "none":
-        parts.append(f"offload {s.offload}")
+        parts.append(f"offload {s.offload_words}")
     if s.recompute != "none":
         parts.append(f"recompute {s.recompute}")
     return " | ".join(parts)

@@ -58,6 +58,7 @@ def job_to_dict(job: Job) -> dict[str, Any]:
     data = asdict(job)
     data["cluster"]["gpu"]["unsourced"] = list(job.cluster.gpu.unsourced)
     data["cluster"]["unsourced"] = list(job.cluster.unsourced)
+    data["strategy"]["kernels_off"] = list(job.strategy.kernels_off)
     return data
 
 

@@ -36,8 +36,18 @@ class JobOptions:
     """Network between nodes in gigabits per second and GPU. Default: what is usual for the GPU."""
     zero: int = 3
     offload: str = "none"
+    offload_fraction: float = 1.0
+    """Part of the optimizer that the host steps, with offload ``optimizer``."""
+    delayed_update: bool = False
     recompute: str = "none"
     dtype: str = "bf16"
+    grad_dtype: str = "model"
+    shard_size: int = 0
+    """Data-parallel GPUs that share one sharded copy; 0: all of them."""
+    quantized_weights: bool = False
+    secondary_shard: int = 0
+    quantized_grads: int = 0
+    grad_compression: str = "none"
     tp: int = 1
     pp: int = 1
     cp: int = 1
@@ -51,7 +61,10 @@ class JobOptions:
     optimizer: str = "adamw"
     bucket_bytes: int = 64 * MIB
     prefetch_depth: int = 1
+    persistent_numel: int = 0
     grad_clip: float = 1.0
+    kernels_off: str = ""
+    """Kernels of the runtime to switch off, separated by commas; ``all`` for every one."""
 
 
 def build_job(options: JobOptions, *, local_gpu: Gpu | None = None, local_host: Host | None = None) -> Job:
@@ -65,16 +78,26 @@ def build_job(options: JobOptions, *, local_gpu: Gpu | None = None, local_host: 
     strategy = Strategy(
         zero_stage=o.zero,
         offload=o.offload,  # type: ignore[arg-type]  # Strategy checks the choice
+        offload_fraction=o.offload_fraction,
+        delayed_update=o.delayed_update,
         recompute=o.recompute,  # type: ignore[arg-type]
         dtype=o.dtype,  # type: ignore[arg-type]
+        grad_dtype=o.grad_dtype,  # type: ignore[arg-type]
         optimizer=o.optimizer,  # type: ignore[arg-type]
+        shard_size=o.shard_size,
+        quantized_weights=o.quantized_weights,
+        secondary_shard=o.secondary_shard,
+        quantized_grads=o.quantized_grads,
+        grad_compression=o.grad_compression,  # type: ignore[arg-type]
         tp=o.tp,
         pp=o.pp,
         cp=o.cp,
         ep=o.ep,
         bucket_bytes=o.bucket_bytes,
         prefetch_depth=o.prefetch_depth,
+        persistent_numel=o.persistent_numel,
         grad_clip=o.grad_clip,
+        kernels_off=tuple(name.strip() for name in o.kernels_off.split(",") if name.strip()),
     )
     sizes = {"n_gpus": o.gpus, "gpus_per_node": o.gpus_per_node, "internode_gbps": o.internode_gbps}
     nodes = resolve_cluster(o.gpu, sizes, local_gpu=local_gpu, local_host=local_host)  # type: ignore[arg-type]

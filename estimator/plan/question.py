@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 from estimator.errors import InputError, invalid, require_choice, require_int
 from estimator.job import Cluster, ModelSpec, Strategy
 from estimator.job.strategy import Offload, Recompute
 
 STAGES = (0, 1, 2, 3)
-OFFLOADS: tuple[Offload, ...] = get_args(Offload)
+OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "optimizer,param")
+"""What is searched unless others are named: files need rates that were measured on the machine."""
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 
@@ -46,7 +47,7 @@ class PlanQuestion:
         for stage in self.zero_stages:
             replace(self.base, zero_stage=stage)
         for offload in self.offloads:
-            require_choice("offload", offload, OFFLOADS)
+            require_choice("offload", offload, get_args(Offload))
         for recompute in self.recomputes:
             require_choice("recompute", recompute, RECOMPUTES)
         for size in self.micro_batch_sizes:
@@ -71,7 +72,8 @@ class PlanQuestion:
         """Every distinct strategy; with one data-parallel GPU all stages are stage 0, and one of them is enough."""
         stages = self.zero_stages if self.dp > 1 else self.zero_stages[:1]
         for stage, offload, recompute in product(stages, self.offloads, self.recomputes):
-            yield replace(self.base, zero_stage=stage, offload=offload, recompute=recompute)
+            how: dict[str, Any] = {} if offload == "optimizer" else {"offload_fraction": 1.0, "delayed_update": False}
+            yield replace(self.base, zero_stage=stage, offload=offload, recompute=recompute, **how)
 
     def micro_batches(self) -> tuple[int, ...]:
         """Micro-batch sizes to try, smallest first."""

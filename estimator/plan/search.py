@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.errors import InputError
 from estimator.job import Job, Strategy, Workload
-from estimator.plan.question import PlanQuestion
+from estimator.plan.question import OFFLOADS, PlanQuestion
 from estimator.predict import predict
 from estimator.report import StepReport
 
@@ -113,6 +113,7 @@ def alternatives(job: Job, profile: HardwareProfile | None = None) -> list[StepR
         seq_len=job.workload.seq_len,
         global_batch_size=job.workload.global_batch_size,
         base=job.strategy,
+        offloads=tuple(dict.fromkeys((*OFFLOADS, job.strategy.offload))),
         recomputes=(job.strategy.recompute,),
         micro_batch_sizes=(job.workload.micro_batch_size,),
     )

@@ -19,6 +19,12 @@ ALIGNMENT_NUMEL = 8
 """Elements to which every parameter and shard is aligned: 16 bytes in bf16, what vector loads and tensor cores want."""
 
 
+BLOCK_NUMEL = {"int8": 256, "int4": 256, "one_bit": 1024}
+"""Elements that share a scale in compressed messages."""
+ADACOMP_BIN, ADACOMP_SHARE = 512, 8
+"""AdaComp chooses the largest of so many neighbours (the paper: 500), and sends at most one of so many elements."""
+
+
 def align(numel: int, to: int = ALIGNMENT_NUMEL) -> int:
     """Smallest multiple of ``to`` that is >= ``numel``."""
     return -(-numel // to) * to
@@ -30,17 +36,37 @@ def flat_numel(params: tuple[Param, ...]) -> int:
     return sum(align(p.numel) for p in params)
 
 
+class Kind(NamedTuple):
+    """What the parameters of one group have in common; a unit has a group for each kind that occurs in it."""
+
+    trained: bool = True
+    """False: frozen. They have neither gradients nor optimizer state and are not reduced."""
+    resident: bool = False
+    """Where parameters come and go (stage 3, parameter offload): these are small and stay, as under stage 2 on the device."""
+
+
+@lru_cache(maxsize=4096)
+def params_by_kind(params: tuple[Param, ...], small_numel: int) -> dict[Kind, tuple[Param, ...]]:
+    """``params`` taken apart; at most ``small_numel`` elements make one resident."""
+    by_kind: dict[Kind, tuple[Param, ...]] = {}
+    for param in params:
+        kind = Kind(param.trained, param.numel <= small_numel)
+        by_kind[kind] = (*by_kind.get(kind, ()), param)
+    return by_kind
+
+
 class Group(NamedTuple):
-    """Consecutive units whose parameters share one flat buffer. All sizes in elements."""
+    """Parameters of one kind, of consecutive units, that share one flat buffer. All sizes in elements."""
 
     number: int
     units: range
-    """Indices of its units, in forward order."""
+    """Indices of its units, in forward order; the first and the last have parameters in it."""
     numel: int
     """Aligned parameters, without the padding at the end."""
     padded_numel: int
     """``shard_numel`` times the shard count."""
     shard_numel: int
+    kind: Kind = Kind()
 
 
 class Slot(NamedTuple):
@@ -57,39 +83,73 @@ class Layout(NamedTuple):
     units: tuple[Unit, ...]
     groups: tuple[Group, ...]
     n_shards: int
-    """Ranks that split optimizer state (and grads, parameters): the data-parallel size, or 1 under stage 0."""
-    group_of_unit: tuple[int, ...]
+    """Ranks that split optimizer state (and grads, parameters): ``shard_count``."""
+    groups_of_unit: tuple[tuple[int, ...], ...]
+    """Numbers of the groups that hold a unit's own parameters."""
+    small_numel: int = 0
+    """Parameters of at most so many elements are resident."""
 
     def slots(self, group: Group) -> Iterator[Slot]:
         """Every parameter of ``group`` with its offset in elements."""
         offset = 0
         for unit in group.units:
-            for param in self.units[unit].params:
+            for param in params_by_kind(self.units[unit].params, self.small_numel).get(group.kind, ()):
                 yield Slot(unit, param, offset)
                 offset += align(param.numel)
+
+
+def shard_count(strategy: Strategy, zero_stage: int, dp: int) -> int:
+    """Ranks that share one copy of the states."""
+    return (strategy.shard_size or dp) if zero_stage >= 1 else 1
+
+
+def alignment_of(strategy: Strategy, zero_stage: int, dp: int) -> int:
+    """Elements of which shards are a multiple: whole blocks where they are compressed."""
+    if zero_stage == 3 and strategy.quantized_weights:
+        return BLOCK_NUMEL["int8"]
+    if zero_stage >= 2 and strategy.quantized_grads:
+        return BLOCK_NUMEL["int4"]
+    if strategy.grad_compression == "one_bit" and dp > 1:
+        return BLOCK_NUMEL["one_bit"] * (dp if zero_stage == 0 else 1)  # every rank serves a part of the sum
+    return ALIGNMENT_NUMEL
 
 
 def make_layout(units: Sequence[Unit], strategy: Strategy, zero_stage: int, dp: int) -> Layout:
     """Group ``units`` and split every group over the ranks.
 
-    Where parameters come and go (stage 3, parameter offload) each unit is a group of its own; elsewhere units are
-    put together, from the last to the first as backward produces gradients, until a group holds ``bucket_bytes``.
+    Where parameters come and go (stage 3, parameter offload) each unit is a group of its own; elsewhere, and for those of
+    at most ``persistent_numel`` elements, units are put together, from the last to the first as backward produces
+    gradients, until a group holds ``bucket_bytes``. Frozen parameters have groups of their own.
     """
-    n_shards = dp if zero_stage >= 1 else 1
+    n_shards = shard_count(strategy, zero_stage, dp)
     per_unit = zero_stage == 3 or strategy.offload_param
-    limit = 0 if per_unit else strategy.bucket_bytes // DTYPE_BYTES[strategy.dtype]
-    spans: list[tuple[range, int]] = []
-    stop, numel = len(units), 0
-    for start in range(len(units) - 1, -1, -1):
-        numel += flat_numel(units[start].params)
-        if numel >= limit or start == 0:
-            spans.append((range(start, stop), numel))
-            stop, numel = start, 0
-    spans.reverse()
+    small_numel = strategy.persistent_numel if per_unit else 0
+    parts = [params_by_kind(unit.params, small_numel) for unit in units]
+    bucket_numel = strategy.bucket_bytes // DTYPE_BYTES[strategy.dtype]
+    spans: list[tuple[range, int, Kind]] = []
+    for kind in dict.fromkeys(kind for part in parts for kind in part):
+        sizes = {i: flat_numel(part[kind]) for i, part in enumerate(parts) if kind in part}
+        limit = 0 if per_unit and not kind.resident else bucket_numel
+        spans += [(span, numel, kind) for span, numel in _spans(sizes, limit)]
+    spans.sort(key=lambda s: (s[0].start, s[0].stop))
     groups: list[Group] = []
-    group_of_unit: list[int] = []
-    for index, (span, span_numel) in enumerate(spans):
-        shard = align(-(-span_numel // n_shards))
-        groups.append(Group(index, span, span_numel, shard * n_shards, shard))
-        group_of_unit += [index] * len(span)
-    return Layout(tuple(units), tuple(groups), n_shards, tuple(group_of_unit))
+    groups_of_unit: list[tuple[int, ...]] = [() for _ in units]
+    for index, (span, numel, kind) in enumerate(spans):
+        shard = align(-(-numel // n_shards), alignment_of(strategy, zero_stage, dp))
+        groups.append(Group(index, span, numel, shard * n_shards, shard, kind))
+        for unit in span:
+            if kind in parts[unit]:
+                groups_of_unit[unit] += (index,)
+    return Layout(tuple(units), tuple(groups), n_shards, tuple(groups_of_unit), small_numel)
+
+
+def _spans(sizes: dict[int, int], limit: int) -> Iterator[tuple[range, int]]:
+    """Units, given by index with their elements, put together from the last on until ``limit`` elements are reached."""
+    indices = sorted(sizes, reverse=True)
+    last, numel = -1, 0
+    for index in indices:
+        last = index if numel == 0 else last
+        numel += sizes[index]
+        if numel >= limit or index == indices[-1]:
+            yield range(index, last + 1), numel
+            numel = 0

@@ -19,6 +19,8 @@ class Param(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
+    trained: bool = True
+    """False: frozen. It has no gradient and no optimizer state."""
 
     @property
     def numel(self) -> int:
@@ -42,6 +44,11 @@ class Unit(NamedTuple):
     @property
     def numel(self) -> int:
         return sum(p.numel for p in self.params)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of its own parameters is."""
+        return any(p.trained for p in self.params)
 
 
 def _norm(spec: ModelSpec, name: str, width: int) -> list[Param]:

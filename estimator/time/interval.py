@@ -48,6 +48,8 @@ def _kind_of(part: str, job: Job) -> str:
         return "collective"
     if part == "optimizer":
         return "bandwidth"
+    if part == "offload" and job.strategy.offload_nvme:
+        return "file"
     if part == "offload":
         return "host" if job.strategy.offload_optimizer else "copy"
     return "matmul"

@@ -14,17 +14,23 @@ two protocols (NCCL ``src/graph/tuning.cc``: low latency at half the bandwidth, 
 from __future__ import annotations
 
 from math import log, log2, sqrt
-from typing import Literal
 
 from estimator.errors import InputError
 from estimator.job.cluster import Cluster
+from estimator.job.job import Job
+from estimator.schedule.events import CollectiveOp, Span
 from estimator.time.operators import curve_seconds, seconds_curve
 from estimator.time.profile import CollectivePoint, HardwareProfile, LinkModel
 
-CollectiveOp = Literal["all_gather", "reduce_scatter", "all_reduce"]
-
 LOW_LATENCY_BANDWIDTH = 0.5
 """The low-latency protocol sends a flag with every word of data (NCCL ``tuning.cc``)."""
+
+
+def timer_over(span: Span | None, job: Job, profile: HardwareProfile, dtype: str) -> CollectiveTimer:
+    """For collectives of ``job`` over ``span`` (``None``: all its data-parallel ranks); nodes are consecutive ranks."""
+    span = span or Span(job.dp)
+    in_node = max(1, job.cluster.gpus_per_node // job.strategy.model_parallel)
+    return CollectiveTimer(job.cluster, profile, span.size, in_node // span.stride, dtype)
 
 
 class CollectiveTimer:
@@ -63,6 +69,8 @@ class CollectiveTimer:
             raise InputError(
                 f"profile {self.profile.name!r} has no collectives for {self.group_size} ranks; calibrate with more processes"
             )
+        if op == "all_to_all":
+            return self._pairwise(link, n_bytes)
         best = self._ring(link, op, n_bytes)
         return min(best, self._hierarchical(link, n_bytes)) if op == "all_reduce" else best
 
@@ -80,6 +88,14 @@ class CollectiveTimer:
         inner = self.group_size - 1 - outer if outer else self.group_size - 1
         hops = (rounds * max(0, inner), rounds * outer)
         return self._best_protocol(link, hops, wire_s)
+
+    def _pairwise(self, link: LinkModel, n_bytes: int) -> float:
+        """Every rank sends each other one its part directly, to all at once (NCCL's grouped sends and receives)."""
+        intra, inter = self._bandwidths(link)
+        within, beyond = self.per_node - 1, self.group_size - self.per_node
+        within_s = n_bytes * within / self.group_size / intra
+        beyond_s = n_bytes * beyond / self.group_size / (inter / self.per_node) if beyond else 0.0
+        return self._best_protocol(link, (float(within > 0), float(beyond > 0)), max(within_s, beyond_s))
 
     def _hierarchical(self, link: LinkModel, n_bytes: int) -> float:
         intra, inter = self._bandwidths(link)
@@ -106,7 +122,8 @@ class CollectiveTimer:
         what the constants say that the step between the two costs; without constants the nearest two sizes carry on.
 
         An operation that was not measured is made of those that were: an all-reduce of a reduce-scatter and an
-        all-gather, and either of these takes half of an all-reduce (ring algorithms).
+        all-gather, and either of these takes half of an all-reduce (ring algorithms); an all-to-all takes an all-gather's
+        time, in which as many bytes leave each rank.
         """
         points = tuple(p for p in points if p.op == op) or self._substitute(op, points)
         if self.dtype and any(p.dtype == self.dtype for p in points):
@@ -126,6 +143,11 @@ class CollectiveTimer:
         return at[nearest] * self._modelled(op, n_bytes) / there._modelled(op, n_bytes)
 
     def _substitute(self, op: CollectiveOp, points: tuple[CollectivePoint, ...]) -> tuple[CollectivePoint, ...]:
+        if op == "all_to_all":
+            alike = tuple(p for p in points if p.op == "all_gather") or tuple(
+                p for p in points if p.op == "reduce_scatter"
+            )
+            return alike or self._substitute("all_gather", points)
         whole = tuple(p._replace(seconds=p.seconds / 2) for p in points if p.op == "all_reduce")
         if op == "all_reduce" or not whole:
             have = ", ".join(sorted({p.op for p in points}))

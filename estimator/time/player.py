@@ -1,8 +1,8 @@
 """Plays a ``StepProgram`` on streams and says where the time goes.
 
-Clocks: ``compute``, ``gather``, ``reduce``, ``h2d``, ``d2h`` on the device, and the host. One host thread issues every
+Clocks: ``compute``, ``gather``, ``reduce``, ``h2d``, ``d2h`` on the device, a late optimizer's ``worker``, and the host. One host thread issues every
 event in order, so the host clock is both the issue clock (nothing starts before it was issued) and the ``host``
-stream (an optimizer step on the host keeps the thread busy). A collective or copy also starts no earlier than
+stream (an optimizer step on the host keeps the thread busy). What the ``worker`` does is issued at the start of a step. A collective or copy also starts no earlier than
 everything issued before it on ``compute``.
 
 Time is told from the compute stream: while it works, the time belongs to the pass it runs; while it waits, to what it
@@ -10,7 +10,8 @@ waits for (and, before that began, to what held that up); while it waits for a k
 So the parts add up to the step.
 
 On a CPU (``gpu.arch == "cpu"``) copies and arithmetic are one clock. Collectives run in threads of their own on the same
-cores: arithmetic hides the share of them that calibration measured (``HostPoint.overlap``), the rest takes its time.
+cores: arithmetic hides the share of them that calibration measured (``HostPoint.overlap``), the rest takes its time. Files
+have clocks of their own there too.
 
 Sections repeat: an iteration maps the clocks to new clocks by additions and maxima only. Once two iterations advance
 every clock by the same amounts, the last iteration is played from the clocks that this advance would lead to; if it
@@ -34,8 +35,11 @@ from estimator.schedule.events import (
     Compute,
     Copy,
     Free,
+    Keep,
+    Pack,
     Section,
     StepProgram,
+    Unpack,
     Update,
     Wait,
 )
@@ -43,9 +47,10 @@ from estimator.time.durations import Durations
 from estimator.time.interval import interval
 from estimator.time.profile import HardwareProfile
 
-STREAMS = ("compute", "gather", "reduce", "h2d", "d2h", "host")
+STREAMS = ("compute", "gather", "reduce", "h2d", "d2h", "nvme_read", "nvme_write", "worker", "host")
 _INDEX = {name: i for i, name in enumerate(STREAMS)}
 _HOST = _INDEX["host"]
+_FILES = (_INDEX["nvme_read"], _INDEX["nvme_write"])
 _COLLECTIVE_STREAMS = (_INDEX["gather"], _INDEX["reduce"])
 _WORK, _PASS, _WAIT, _HOST_WORK, _HOST_WAIT = range(5)
 _TOLERANCE = 1e-9
@@ -106,7 +111,7 @@ class _Player:
         self.clocks = [0.0] * len(STREAMS)
         self.tags: dict[Any, tuple[float, float, str, str]] = {}
         """Newest event of a tag: end, start, part, and the part that held up its start."""
-        self.last_part = ["forward", "exposed_gather", "exposed_reduce", "offload", "offload"]
+        self.last_part = ["forward", "exposed_gather", "exposed_reduce", *["offload"] * (_HOST - 3)]
         """What keeps each device stream busy."""
         self.host_log: deque[tuple[float, float, str]] = deque()
         """Spells in which the host was not issuing: start, end, part."""
@@ -199,8 +204,9 @@ class _Player:
                 stream, tag = event
                 code.append((_HOST_WAIT, tag) if stream == "host" else (_WAIT, _INDEX[stream], tag))
             elif kind is Collective:
-                op, purpose, _, n_bytes, stream, tag = event
-                code.append((_WORK, _INDEX[stream], d.collective(op, n_bytes), issue_s, _COLLECTIVE_PART[purpose], tag))
+                op, purpose, _, n_bytes, stream, tag, span, _ = event
+                seconds = d.collective(op, n_bytes, span)
+                code.append((_WORK, _INDEX[stream], seconds, issue_s, _COLLECTIVE_PART[purpose], tag))
             elif kind is Copy:
                 stream, _, _, n_bytes, tag = event
                 code.append((_WORK, _INDEX[stream], d.copy(stream, n_bytes), issue_s, "offload", tag))
@@ -210,10 +216,15 @@ class _Player:
 
     def _kernel(self, event: Any) -> tuple[Any, ...]:
         d = self.durations
+        if isinstance(event, Pack | Unpack | Keep):
+            part = "exposed_gather" if isinstance(event, Keep) else _COLLECTIVE_PART[event.purpose]
+            return (_WORK, 0, d.compression(event), d.issue_s, part, None)
         if isinstance(event, Accumulate):
             return (_WORK, 0, d.accumulate(event.n_bytes), d.issue_s, "backward", None)
-        tag = ("update", event.group) if isinstance(event, Update) else None
+        tag = ("update" if isinstance(event, Update) else "square", event.group)
         on_host = event.stream == "host"
+        if event.stream == "worker":
+            return (_WORK, _INDEX["worker"], d.update(event.numel, True), 0.0, "offload", tag)
         if isinstance(event, Update):
             seconds = d.update(event.numel, on_host)
         else:
@@ -234,6 +245,11 @@ class _Player:
                 seconds, part, stream = step[2], step[1], 0
             elif kind == _WORK:
                 seconds, part, stream = step[2], step[4], step[1]
+                if stream in _FILES:
+                    clocks[stream] = max(clocks[stream], now) + seconds
+                    busy[stream] += seconds
+                    tags[step[5]] = (clocks[stream], clocks[stream] - seconds, part, part)
+                    continue
                 if stream in _COLLECTIVE_STREAMS:
                     hidden = overlap * seconds
                     busy[stream] += hidden
@@ -244,7 +260,9 @@ class _Player:
                 seconds, part, stream = step[1], step[2], _HOST
             else:
                 record = tags.get(step[-1])
-                if record is not None and record[0] > now:
+                if record is not None and kind == _WAIT and step[1] in _FILES:
+                    clocks[step[1]] = max(clocks[step[1]], record[0])
+                elif record is not None and record[0] > now:
                     parts[record[2]] += record[0] - now
                     now = record[0]
                 continue
@@ -289,7 +307,7 @@ class _Player:
                 else:
                     start = clocks[stream]
                     before = last_part[stream]
-                    if now > start:
+                    if now > start and stream < _FILES[0]:  # files and threads of the host do not know the device
                         start = now
                     if host > start:
                         start = host

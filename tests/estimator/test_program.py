@@ -20,7 +20,10 @@ from estimator.schedule.events import (
     Copy,
     Free,
     GradNorm,
+    Keep,
+    Pack,
     StepProgram,
+    Unpack,
     Update,
     Wait,
 )
@@ -103,6 +106,7 @@ STRATEGIES = st.builds(
     optimizer=st.sampled_from(["adamw", "sgd"]),
     bucket_bytes=st.integers(1, 20_000),
     prefetch_depth=st.integers(0, 4),
+    persistent_numel=st.sampled_from([0, 16, 10**6]),
     grad_clip=st.sampled_from([0.0, 1.0]),
 )
 TIED = ModelSpec(
@@ -112,15 +116,33 @@ TIED = ModelSpec(
 
 
 @settings(max_examples=300, deadline=None)
-@given(STRATEGIES, st.sampled_from([1, 2, 3, 64]), st.integers(1, 5), st.sampled_from([SPEC, TIED]))
-def test_rules_of_every_program(strategy: Strategy, dp: int, n: int, spec: ModelSpec) -> None:
-    layout, program = programme(strategy, dp, n, spec)
+@given(
+    STRATEGIES, st.sampled_from([1, 2, 3, 64]), st.integers(1, 5), st.sampled_from([SPEC, TIED]),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+)  # fmt: skip
+def test_rules_of_every_program(strategy: Strategy, dp: int, n: int, spec: ModelSpec, frozen: list[bool]) -> None:
+    """``frozen``: units of which all but the last parameter are, or the unit as a whole, in turn; never the model."""
+    stage = strategy.zero_stage if dp > 1 else 0
+    units = [
+        unit._replace(
+            params=tuple(
+                p._replace(trained=not is_frozen or (i % 2 == 1 and p is unit.params[-1])) for p in unit.params
+            )
+        )
+        for i, (unit, is_frozen) in enumerate(zip(model_units(spec), frozen, strict=False))
+    ]
+    if not any(unit.is_trained for unit in units):
+        units[-1] = model_units(spec)[-1]
+    layout = make_layout(units, strategy, stage, dp)
+    program = build_program(layout, strategy, stage, dp, n)
     _nothing_leaks_and_nothing_is_freed_twice(program)
-    _units_run_in_order(program, len(layout.units), n)
+    _units_run_in_order(program, len(units), n, next(i for i, unit in enumerate(units) if unit.is_trained))
     _parameters_are_there_when_read(layout, program)
     _waits_name_something_that_was_started(program)
     updated = Counter(e.group for e in events(program) if isinstance(e, Update))
-    assert updated == Counter(g.number for g in layout.groups)
+    assert updated == Counter(g.number for g in layout.groups if g.kind.trained)
+    slots = sorted((s.unit, s.param.name) for g in layout.groups for s in layout.slots(g))
+    assert slots == sorted((i, p.name) for i, unit in enumerate(units) for p in unit.params)
 
 
 def _nothing_leaks_and_nothing_is_freed_twice(program: StepProgram) -> None:
@@ -135,9 +157,9 @@ def _nothing_leaks_and_nothing_is_freed_twice(program: StepProgram) -> None:
     assert live == start
 
 
-def _units_run_in_order(program: StepProgram, n_units: int, n: int) -> None:
+def _units_run_in_order(program: StepProgram, n_units: int, n: int, first_trained: int) -> None:
     forward = [(u, "forward") for u in range(n_units - 1)] + [(n_units - 1, "loss")]
-    one = forward + [(u, "backward") for u in reversed(range(n_units))]
+    one = forward + [(u, "backward") for u in reversed(range(first_trained, n_units))]
     assert [(e.unit, e.phase) for e in events(program) if isinstance(e, Compute)] == one * n
 
 
@@ -157,7 +179,7 @@ def _parameters_are_there_when_read(layout: Layout, program: StepProgram) -> Non
         elif isinstance(event, Compute):
             unit = layout.units[event.unit]
             if event.phase != "backward" or unit.backward_reads:
-                needed = {layout.group_of_unit[u] for u in (event.unit, *unit.borrows)}
+                needed = {g for u in (event.unit, *unit.borrows) for g in layout.groups_of_unit[u]}
                 assert needed <= resident
                 assert needed.isdisjoint(arriving.values())
 
@@ -172,7 +194,7 @@ def _waits_name_something_that_was_started(program: StepProgram) -> None:
         elif isinstance(event, Wait):
             assert event.tag in started
         else:
-            assert isinstance(event, Alloc | Free | Compute | Accumulate | GradNorm)
+            assert isinstance(event, Alloc | Free | Compute | Accumulate | GradNorm | Pack | Unpack | Keep)
 
 
 @pytest.mark.parametrize(("offload", "dtype"), list(itertools.product(["none", "optimizer"], ["bf16", "fp32"])))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estimator.job import ModelSpec, Strategy
-from estimator.sharding.layout import ALIGNMENT_NUMEL, align, make_layout
+from estimator.sharding.layout import ALIGNMENT_NUMEL, Kind, align, make_layout
 from estimator.sharding.units import Param, Unit, count_params, model_units
 
 UNITS = (
@@ -31,12 +31,27 @@ def test_buckets_fill_from_the_last_unit() -> None:
     layout = make_layout(UNITS, Strategy(zero_stage=1, bucket_bytes=96), 1, dp=2)
     assert [list(g.units) for g in layout.groups] == [[0, 1], [2, 3]]
     assert [(g.numel, g.shard_numel) for g in layout.groups] == [(80, 40), (48, 24)]
-    assert layout.group_of_unit == (0, 0, 1, 1)
+    assert layout.groups_of_unit == ((0,), (0,), (1,), (1,))
 
 
 def test_stage_0_does_not_shard() -> None:
     layout = make_layout(UNITS, Strategy(zero_stage=0, bucket_bytes=1 << 20), 0, dp=64)
     assert [(g.numel, g.shard_numel, g.padded_numel) for g in layout.groups] == [(128, 128, 128)]
+
+
+def test_parameters_of_one_kind_share_a_group() -> None:
+    """w is frozen in blocks.0; with 5 elements b stays in both blocks, and 3 in the head: 8 each, one group of all three."""
+    frozen = UNITS[1]._replace(params=(Param("w", (5, 5), trained=False), Param("b", (5,))))
+    units = (UNITS[0], frozen, *UNITS[2:])
+    layout = make_layout(units, Strategy(zero_stage=3, persistent_numel=5), 3, dp=4)
+    assert [(list(g.units), g.kind, g.numel) for g in layout.groups] == [
+        ([0], Kind(), 40), ([1], Kind(trained=False), 32), ([1, 2, 3], Kind(resident=True), 24), ([2], Kind(), 32),
+    ]  # fmt: skip
+    assert layout.groups_of_unit == ((0,), (1, 2), (2, 3), (2,))
+    assert [(s.unit, s.param.name, s.offset) for s in layout.slots(layout.groups[2])] == [
+        (1, "b", 0), (2, "b", 8), (3, "w", 16),
+    ]  # fmt: skip
+    assert make_layout(units, Strategy(zero_stage=2, persistent_numel=5), 2, dp=4).small_numel == 0
 
 
 shapes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=4)

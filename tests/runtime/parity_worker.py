@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from estimator.job import ModelSpec, Strategy
-from runtime import initialize
+from runtime import initialize, process_group
 from runtime.models import Decoder
 from runtime.reference import PARITY_OPTIMIZER, train_plain
 from tests.runtime import tiny
@@ -26,6 +27,7 @@ class Case(NamedTuple):
     offload: str
     clip: float = 0.0
     recompute: str = "none"
+    grad_dtype: str = "model"
 
     @property
     def model(self) -> ModelSpec:
@@ -36,7 +38,7 @@ class Case(NamedTuple):
     def strategy(self) -> Strategy:
         return Strategy(
             zero_stage=self.stage, offload=self.offload, dtype=self.dtype, grad_clip=self.clip,  # type: ignore[arg-type]
-            recompute=self.recompute, bucket_bytes=20_000,  # type: ignore[arg-type]
+            recompute=self.recompute, bucket_bytes=20_000, grad_dtype=self.grad_dtype,  # type: ignore[arg-type]
         )  # fmt: skip
 
 
@@ -104,13 +106,13 @@ def run_plain(case: Case) -> Outcome:
 
 def worker(rank: int, world: int, folder: str, cases: list[Case]) -> None:
     torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
-    outcomes: dict[Any, Outcome] = {}
-    for case in cases:
-        outcomes[case] = run_engine(case, rank)
+    with gloo_group(rank, world, folder):
+        outcomes = {case: run_engine(case, rank) for case in cases}
     if rank == 0:
         torch.save({tuple(case): tuple(outcome) for case, outcome in outcomes.items()}, f"{folder}/outcomes.pt")
-    if world > 1:
-        dist.barrier()  # who leaves while another still receives breaks its connection
-        dist.destroy_process_group()
+
+
+def gloo_group(rank: int, world: int, folder: str) -> AbstractContextManager[None]:
+    """Inside, this process is one of ``world`` ranks that meet in ``folder``; one rank needs no group."""
+    where = {"init_method": f"file://{folder}/rendezvous", "rank": rank, "world_size": world}
+    return process_group("gloo", **where) if world > 1 else nullcontext()  # type: ignore[arg-type]

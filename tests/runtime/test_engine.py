@@ -53,12 +53,13 @@ def test_overflow_skips_the_step_and_halves_the_scale() -> None:
     before = {k: v.clone() for k, v in engine.full_parameters().items()}
     engine.scaler.scale = 2.0**40
     engine.backward(engine(*tokens()))
-    assert not engine.step()
+    assert engine.step()
     assert engine.scaler.skipped_steps == 1 and engine.scaler.scale == 2.0**39
     assert all(torch.equal(before[k], v) for k, v in engine.full_parameters().items())
     engine.scaler.scale = 1024.0
     engine.backward(engine(*tokens()))
     assert engine.step()
+    assert engine.scaler.skipped_steps == 1 and engine.scaler.scale == 1024.0
     assert not all(torch.equal(before[k], v) for k, v in engine.full_parameters().items())
 
 
@@ -67,15 +68,49 @@ def test_overflow_with_an_offloaded_optimizer_leaves_the_device_parameters_alone
     engine.scaler.scale = 2.0**40
     before = [p.detach().clone() for p in engine.model.parameters()]
     engine.backward(engine(*tokens()))
-    assert not engine.step()
+    engine.step()
+    assert engine.scaler.skipped_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_a_skipped_step_does_not_count(offload: str) -> None:
+    """Bias correction is the first step's in the first step that is taken: AdamW then moves a parameter by the rate."""
+    engine = engine_of(Strategy(dtype="fp16", offload=offload))  # type: ignore[arg-type]
+    before = {k: v.clone() for k, v in engine.full_parameters().items()}
+    for scale in (2.0**40, 2.0**40, 1024.0):
+        engine.scaler.scale = scale
+        engine.backward(engine(*tokens()))
+        engine.step()
+    assert engine.scaler.skipped_steps == 2
+    largest = max((v - before[k]).abs().max().item() for k, v in engine.full_parameters().items())
+    assert largest == pytest.approx(1e-2, rel=2e-2)  # weight decay is a hundredth of that
+
+
+def scales_of(scaler: LossScaler, overflows: tuple[int, ...]) -> list[float]:
+    scales = []
+    for overflow in overflows:
+        scaler.record(torch.full((1,), float(overflow)))
+        scales.append(scaler.scale)
+    return scales
 
 
 def test_loss_scale_grows_after_a_quiet_while() -> None:
     scaler = LossScaler("fp16", initial=4.0, growth_interval=2)
-    for overflow in (False, False, True, False, False):
-        scaler.record(overflow)
-    assert scaler.scale == 4.0 * 2 / 2 * 2
+    assert scales_of(scaler, (0, 0, 1, 0, 0, 0, 1, 0, 0)) == [4, 8, 4, 4, 8, 8, 4, 4, 8]
+    assert scaler.skipped_steps == 2
+
+
+def test_loss_scale_has_bounds() -> None:
+    assert scales_of(LossScaler("fp16", initial=2.0), (1, 1)) == [1, 1]
+    assert scales_of(LossScaler("fp16", initial=2.0**63, growth_interval=1), (0, 0)) == [2.0**64, 2.0**64]
+
+
+def test_only_fp16_has_a_loss_scale() -> None:
+    scaler = LossScaler("bf16")
+    assert (scaler.factor, scaler.scale, scaler.skipped_steps) == (1.0, 1.0, 0)
+    with pytest.raises(InputError, match=r"loss scale is set to 2\.0; only fp16 has one"):
+        scaler.scale = 2.0
 
 
 class ConvNet(nn.Module):

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from estimator.job import Job, Strategy
 from runtime.session import SessionOptions, run_session
 from tests.runtime import tiny
+from tests.runtime.groups import run_ranks
+from tests.runtime.parity_worker import gloo_group
 
 MEMORY = ("peak_allocated_bytes", "peak_phase", "peak_where", "category_bytes_at_peak", "category_peak_bytes",
           "phase_peak_bytes", "phase_category_bytes", "host_bytes", "collective_bytes", "collective_calls", "copy_bytes")  # fmt: skip
@@ -59,15 +60,13 @@ def measured(case: dict[str, Any], world: int, rank: int, device: str) -> dict[s
 def real_rank(rank: int, world: int, folder: str, cases: list[dict[str, Any]]) -> None:
     """One gloo process: every case, results as JSON."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    results = [measured(case, world, rank, "cpu") for case in cases]
+    with gloo_group(rank, world, folder):
+        results = [measured(case, world, rank, "cpu") for case in cases]
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def check(world: int, cases: list[dict[str, Any]], folder: Path) -> None:
-    mp.spawn(real_rank, (world, str(folder), cases), nprocs=world)
+    run_ranks(real_rank, world, str(folder), cases)
     real = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     for i, case in enumerate(cases):
         rank = i % world

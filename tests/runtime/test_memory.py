@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from estimator.job import Job, ModelSpec, Strategy
+from estimator.memory.reader import StepMemory
 from estimator.predict import lay_out, memory_of
 from runtime.session import Measurement, SessionOptions, run_session
 from tests.runtime import tiny
@@ -46,7 +47,10 @@ def fake_run(job: Job, rank: int = 0) -> Measurement:
 
 
 def check(job: Job) -> None:
-    got, want = fake_run(job), memory_of(lay_out(job))
+    compare(fake_run(job), memory_of(lay_out(job)))
+
+
+def compare(got: Measurement, want: StepMemory) -> None:
     for category in STATES:
         assert want.category_peak_bytes.get(category, 0) == got.category_peak_bytes.get(category, 0), category
     assert want.host_peak_bytes == got.host_bytes
@@ -87,6 +91,40 @@ def test_other_architectures(model: str, recompute: str) -> None:
     check(case(model, 3, "none", recompute, 4, 8))
     dist.destroy_process_group()
     check(case(model, 1, "none", recompute, 4, 2))
+
+
+OFF = ("all", "rms_norm,layer_norm", "rotary", "activation,gated_activation", "linear_cross_entropy",
+       "linear_cross_entropy,cross_entropy", "adam", "grad_norm", "adam,rms_norm,linear_cross_entropy")  # fmt: skip
+
+
+def without(job: Job, off: str) -> Job:
+    return replace(job, strategy=replace(job.strategy, kernels_off=tuple(off.split(","))))
+
+
+@pytest.mark.parametrize("off", OFF)
+def test_kernels_switched_off(off: str) -> None:
+    """Two models each; the slow test below has all."""
+    for model in ("llama", "gpt") if len(off) % 2 else ("qwen3", "neox"):
+        check(without(case(model, 0, "none", "none", 4, 1), off))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("off", OFF)
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+@pytest.mark.parametrize("model", list(MODELS))
+def test_kernels_switched_off_everywhere(model: str, recompute: str, off: str) -> None:
+    for dtype_and_offload in (1, 4):
+        check(without(case(model, 3, "none", recompute, dtype_and_offload, 8), off))
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("arch", ["ampere", "blackwell", "volta", "cdna3"])
+def test_other_chips(arch: str) -> None:
+    """Grids, and with them partial sums, depend on the chip; AMD's has none of the kernels."""
+    job = case("llama", 0, "none", "none", 4, 1)
+    for n_sms in (108, 0) if arch == "ampere" else (80,):
+        gpu = replace(job.cluster.gpu, arch=arch, n_sms=n_sms)
+        check(replace(job, cluster=replace(job.cluster, gpu=gpu)))
 
 
 @pytest.mark.parametrize("rank", [0, 3, 7])

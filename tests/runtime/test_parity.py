@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from estimator.predict import lay_out
 from estimator.schedule.events import Collective
 from runtime.reference import TOLERANCES, relative_difference
 from tests.runtime import tiny
+from tests.runtime.groups import run_ranks
 from tests.runtime.parity_worker import EXTRA, MATRIX, Case, Outcome, run_plain, worker
 
 pytestmark = pytest.mark.timeout(1200)
@@ -31,12 +31,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
         for item in request.session.items
         if "outcomes" in getattr(item, "fixturenames", ()) and "case" in item.callspec.params  # type: ignore[attr-defined]
     }
+    return outcomes_of([case for case in (*MATRIX, *EXTRA) if case in wanted], tmp_path_factory.mktemp("outcomes"))
+
+
+def outcomes_of(cases: list[Case], folder: Path) -> dict[Case, Outcome]:
+    """Every case, run once: one group of processes per world size, which write into ``folder``."""
     results: dict[Case, Outcome] = {}
-    for world in sorted({case.world for case in wanted}):
-        folder: Path = tmp_path_factory.mktemp(f"world{world}")
-        cases = [case for case in (*MATRIX, *EXTRA) if case in wanted and case.world == world]
-        mp.spawn(worker, (world, str(folder), cases), nprocs=world)
-        saved = torch.load(folder / "outcomes.pt")
+    for world in sorted({case.world for case in cases}):
+        place = folder / str(world)
+        place.mkdir()
+        run_ranks(worker, world, str(place), [case for case in cases if case.world == world])
+        saved = torch.load(place / "outcomes.pt")
         results |= {Case(*case): Outcome(*outcome) for case, outcome in saved.items()}
     return results
 

@@ -55,8 +55,10 @@ def test_job_flags_are_the_same_everywhere() -> None:
 
     assert flags("predict") == flags("plan") == flags("measure")
     assert flags("predict") == [
-        "--model", "--gpu", "--gpus", "--gpus-per-node", "--zero", "--offload", "--recompute", "--dtype", "--tp", "--pp",
-        "--cp", "--ep", "--seq-len", "--micro-batch", "--global-batch", "--job",
+        "--model", "--gpu", "--gpus", "--gpus-per-node", "--zero", "--offload", "--offload-fraction", "--delayed-update",
+        "--recompute", "--dtype", "--grad-dtype", "--persistent-numel", "--kernels-off", "--shard-size",
+        "--quantized-weights", "--secondary-shard", "--quantized-grads", "--grad-compression", "--tp", "--pp", "--cp", "--ep",
+        "--seq-len", "--micro-batch", "--global-batch", "--job",
     ]  # fmt: skip
 
 

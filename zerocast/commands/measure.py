@@ -43,12 +43,18 @@ CPU_PROCESSES = 2
     metavar="FILE",
     help="Measure nothing; write the case for a job of several nodes and say what to run on each.",
 )
+@click.option(
+    "--nvme",
+    "nvme_folder",
+    metavar="FOLDER",
+    help="Where a job with --offload optimizer:nvme has its optimizer's files meanwhile.",
+)
 @store_flag
 @profile_flag
 @json_flag
 def command(
     flags: JobFlags, backend: str | None, steps: int, warmup: int, rank: int, seed: int, time_limit: float,
-    write_case: Path | None, store_path: Path | None, profile_path: Path | None, as_json: bool,
+    write_case: Path | None, nvme_folder: str | None, store_path: Path | None, profile_path: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Train a few steps of the job, record what was measured, and show the forecast beside it.
 
@@ -62,7 +68,10 @@ def command(
 
     backend = backend or _default_backend()
     job, profile = job_and_profile(flags, profile_path, store_path, **_defaults(backend, flags))
-    case = Case(job=job, backend=backend, steps=steps, warmup=warmup, rank=rank, seed=seed, time_limit_s=time_limit)  # type: ignore[arg-type]
+    case = Case(
+        job=job, backend=backend, steps=steps, warmup=warmup, rank=rank, seed=seed, time_limit_s=time_limit,  # type: ignore[arg-type]
+        nvme_folder=nvme_folder,
+    )  # fmt: skip
     check_device(case)
     if write_case is not None:
         _hand_over(case, write_case, as_json)

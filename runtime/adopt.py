@@ -1,0 +1,43 @@
+"""Moving a model's parameters into their groups' flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from estimator.sharding.units import Unit
+from runtime.context import managed_memory
+from runtime.storage import GroupStorage, cut
+
+Fill = Callable[[str, Tensor], None]
+"""Writes the initial values of the parameter of that name into an fp32 tensor of its shape."""
+
+
+@torch.no_grad()
+def adopt_parameters(storages: Sequence[GroupStorage], units: Sequence[Unit], fill: Fill | None) -> None:
+    """Copy every parameter into its group, in the order of ``units``; then the parameters view their groups.
+
+    The values are the parameters' own, or what ``fill`` writes for each name. A group is fp32 and whole from its first
+    parameter to its last.
+    """
+    homes = {
+        (slot.unit, slot.param.name): (storage, slot, param)
+        for storage in storages
+        for slot, param in zip(storage.slots, storage.params, strict=True)
+    }
+    whole: dict[int, Tensor] = {}
+    with managed_memory():
+        for index, unit in enumerate(units):
+            for described in unit.params:
+                storage, slot, param = homes[index, described.name]
+                group = storage.group
+                if group.number not in whole:
+                    whole[group.number] = torch.zeros(group.padded_numel, dtype=torch.float32, device=param.device)
+                if fill is None:
+                    cut(whole[group.number], slot).copy_(param.detach())
+                else:
+                    fill(f"{unit.name}.{described.name}", cut(whole[group.number], slot))
+                if slot is storage.slots[-1]:
+                    storage.adopt(whole.pop(group.number))

@@ -1,0 +1,156 @@
+"""Random products of what a ``Strategy`` can say, really trained: as plain PyTorch trains, with the forecast's bytes.
+
+Every product trains 20 steps on every one of its processes. ``CHOICES`` is the table to which a new field is added (values
+that change nothing on purpose are in it several times); a product that ``Strategy`` or ``Job`` refuses is drawn again. What is
+inexact by design (quantised gathers, compression) has tests of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import random
+import traceback
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from estimator.errors import InputError
+from estimator.job import Job, Strategy
+from estimator.predict import lay_out, memory_of, traffic_of
+from runtime.reference import TOLERANCES
+from runtime.session import Measurement, SessionOptions, run_session
+from tests.runtime import tiny
+from tests.runtime.groups import run_ranks
+from tests.runtime.parity_worker import gloo_group
+from tests.runtime.test_memory import MODELS, compare
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model": tuple(MODELS),
+    "micro_batch": (1, 2, 3),
+    "n_micro_batches": (1, 2, 3),
+    "zero_stage": (0, 1, 2, 3, 3),
+    "offload": ("none", "none", "optimizer", "optimizer,param"),
+    "offload_fraction": (1.0, 1.0, 0.3),
+    "recompute": ("none", "selective", "full"),
+    "dtype": ("fp32", "fp32", "bf16", "fp16"),
+    "grad_dtype": ("model", "fp32"),
+    "optimizer": ("adamw", "adam", "sgd"),
+    "shard_size": (0, 0, 2),
+    "secondary_shard": (0, 0, 2),
+    "bucket_bytes": (1, 50_000, 400_000, 64 << 20),
+    "persistent_numel": (0, 0, 200, 20_000),
+    "prefetch_depth": (0, 1, 2, 5),
+    "grad_clip": (0.0, 0.0, 0.5, 1.0),
+}
+NUMBER = {1: 12, 2: 24, 4: 22, 8: 6}
+"""Products by number of processes: 64."""
+QUICK = {1: 1, 2: 2, 4: 1, 8: 0}
+"""Those of the quick run: the ones with the smallest batches."""
+STEPS = 20
+
+Values = dict[str, Any]
+
+
+def job_of(values: Values, world: int) -> Job:
+    fields = {f.name for f in dataclasses.fields(Strategy)}
+    strategy = Strategy(**{name: value for name, value in values.items() if name in fields})
+    rest = {name: values[name] for name in ("micro_batch", "n_micro_batches")}
+    return tiny.job(MODELS[values["model"]], strategy, world=world, seq_len=16, arch="cpu", **rest)
+
+
+@cache
+def _drawn(world: int, number: int) -> Job:
+    chance = random.Random(f"{world} processes, product {number}")
+    while True:
+        try:
+            return job_of({name: chance.choice(values) for name, values in CHOICES.items()}, world)
+        except InputError:
+            continue
+
+
+def says(job: Job) -> str:
+    """What is not at its default."""
+    chosen = {f.name: getattr(job.strategy, f.name) for f in dataclasses.fields(Strategy)}
+    default = {f.name: f.default for f in dataclasses.fields(Strategy)}
+    differs = ", ".join(f"{name}={value}" for name, value in chosen.items() if value != default[name])
+    return f"{job.model.name}, {job.dp} ranks, {job.workload}, {differs}"
+
+
+def rank_of(rank: int, world: int, folder: str, numbers: list[int]) -> None:
+    """One process: measures every product; what it found, or what went wrong, goes into ``folder``."""
+    torch.set_num_threads(1)
+    with gloo_group(rank, world, folder):
+        for number in numbers:
+            try:
+                options = SessionOptions(steps=STEPS - 1, warmup=0, reference=True)
+                found: Measurement | str = run_session(_drawn(world, number), "cpu", options, rank=rank)
+            except Exception:
+                found = traceback.format_exc()
+            Path(folder, f"{number}-{rank}").write_bytes(pickle.dumps(found))
+            if isinstance(found, str):
+                break  # the ranks are no longer at the same place
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[tuple[int, int], list[Measurement | str]]:
+    """By product, what each rank found: one group of processes per world size runs all products that are selected."""
+    wanted = [
+        (item.callspec.params["world"], item.callspec.params["number"])
+        for item in request.session.items
+        if item.path == Path(__file__) and "trained" in item.fixturenames  # type: ignore[attr-defined]
+    ]
+    results: dict[tuple[int, int], list[Measurement | str]] = {}
+    for world in sorted({world for world, _ in wanted}):
+        folder, numbers = tmp_path_factory.mktemp(f"world{world}"), [n for w, n in wanted if w == world]
+        run_ranks(rank_of, world, str(folder), numbers)
+        for number in numbers:
+            files = [folder / f"{number}-{rank}" for rank in range(world)]
+            results[world, number] = [
+                pickle.loads(f.read_bytes()) if f.exists() else "an earlier product failed" for f in files
+            ]
+    return results
+
+
+def _products() -> Iterator[Any]:
+    for world, count in NUMBER.items():
+        by_size = sorted(range(count), key=lambda n: _drawn(world, n).workload.global_batch_size)
+        quick = by_size[: QUICK[world]]
+        for number in range(count):
+            yield pytest.param(world, number, marks=() if number in quick else pytest.mark.slow)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("world", "number"), list(_products()))
+def test_a_product_trains_as_plain_pytorch_with_the_forecast_bytes(
+    world: int, number: int, trained: dict[tuple[int, int], list[Measurement | str]]
+) -> None:
+    job, found = _drawn(world, number), trained[world, number]
+    print(says(job))  # pytest shows it when the test fails
+    ranks = [one for one in found if isinstance(one, Measurement)]
+    assert len(ranks) == world, next(one for one in found if isinstance(one, str))
+    parity, allowed = ranks[0].parity, TOLERANCES[job.strategy.dtype]
+    if world <= 2 and not job.strategy.grad_clip:  # every sum has the same order; a norm's terms have another
+        assert parity["params"] == 0
+    assert parity["params"] <= allowed.params and parity["loss"] <= allowed.loss
+    assert ranks[0].skipped_steps < STEPS / 2
+    blueprint = lay_out(job)
+    forecast = memory_of(blueprint)
+    for rank in ranks:
+        assert (rank.collective_bytes, rank.collective_calls, rank.copy_bytes) == traffic_of(blueprint.program)
+        assert rank.category_peak_bytes == pytest.approx(forecast.category_peak_bytes, rel=0, abs=16)  # scalars
+        compare(rank, forecast)
+
+
+def test_there_are_at_least_sixty_products_and_every_choice_takes_its_turn() -> None:
+    jobs = [_drawn(world, number) for world, count in NUMBER.items() for number in range(count)]
+    assert len({job.key for job in jobs}) == len(jobs) >= 60
+    for name, values in CHOICES.items():
+        if name in {f.name for f in dataclasses.fields(Strategy)}:
+            assert {getattr(job.strategy, name) for job in jobs} == set(values), name
