@@ -251,7 +251,7 @@ def _result(case: Case, status: int, out: Path, log: Path, kills_before: int | N
         failure = by_kind["crash"]
         what = f"rank {failure['rank']} raised {failure['type']}: {failure['message']}"
         raise MeasureError(f"{case.label} crashed, {what}{_tail(failure['traceback'])}")
-    reason = _first_to_end(log) or (by_kind["lost_rank"]["message"] if failures else _manner(status))
+    reason = _killed_rank(log) or (by_kind["lost_rank"]["message"] if failures else _manner(status))
     raise MeasureError(f"{case.label} crashed, {reason}{_last_words(log)}")
 
 
@@ -269,11 +269,12 @@ def _does_not_fit(case: Case, rank: int, explanation: str, origin: dict[str, Any
     )
 
 
-def _first_to_end(log: Path) -> str | None:
-    """Which rank ended first and how, as torchrun wrote it down."""
+def _killed_rank(log: Path) -> str | None:
+    """A rank that a signal ended, other than the one by which torchrun ends the rest, as torchrun wrote it down."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text)
-    return f"rank {found[2]} was {_manner(int(found[1]))}" if found and int(found[1]) < 0 else None
+    ended = re.findall(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: -(\d+)", text)
+    killed = [(rank, int(number)) for rank, number in ended if int(number) != signal.SIGTERM]
+    return f"rank {killed[0][0]} was {_manner(-killed[0][1])}" if killed else None
 
 
 def _manner(status: int) -> str:
