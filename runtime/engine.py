@@ -53,7 +53,8 @@ def initialize(
     Uses torch.distributed's default group when there is one, else a single process. The model's parameters become views
     of flat buffers in ``strategy.dtype``. With ``fill`` their values are not taken from the model, which may be hollow
     (``runtime.hollow``), but written group by group, in the order of ``model.named_parameters()``. ``param_groups``:
-    learning rates and weight decays by name. ``nvme``: for offload ``optimizer:nvme``, where the files are. Raises ``InputError`` for what the runtime cannot do.
+    learning rates and weight decays by name. ``nvme``: for offload ``optimizer:nvme``, where the files are. Raises
+    ``InputError`` for what the runtime cannot do.
     """
     require_int("n_micro_batches", n_micro_batches)
     for axis in ("tp", "pp", "cp", "ep"):
