@@ -72,7 +72,7 @@ def gated_activate(gate: Tensor, up: Tensor, name: str) -> Tensor:
 
 def gated_activate_reference(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """``gated_activate`` in plain torch."""
-    return _GatedReference.apply(gate, up, name)
+    return _gated_reference(gate, up, name)
 
 
 class _GatedReference(torch.autograd.Function):
@@ -198,3 +198,4 @@ class _Biased(torch.autograd.Function):
 _plain = loader.outside_compile(_Plain.apply)
 _biased = loader.outside_compile(_Biased.apply)
 _gated = loader.outside_compile(_Gated.apply)
+_gated_reference = loader.outside_compile(_GatedReference.apply)

@@ -120,7 +120,7 @@ def vocab_parallel_cross_entropy_reference(
     logits: Tensor, labels: Tensor, shard: VocabShard, options: LossOptions = DEFAULTS
 ) -> Tensor:
     """``vocab_parallel_cross_entropy`` in plain torch."""
-    return _VocabParallelReference.apply(logits, labels, shard, options)
+    return _vocab_parallel_in_torch(logits, labels, shard, options)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
@@ -357,3 +357,4 @@ class _VocabParallelReference(torch.autograd.Function):
 
 _cross_entropy = loader.outside_compile(_CrossEntropy.apply)
 _vocab_parallel = loader.outside_compile(_VocabParallel.apply)
+_vocab_parallel_in_torch = loader.outside_compile(_VocabParallelReference.apply)

@@ -121,6 +121,7 @@ def cpu_launcher(launcher: Launcher) -> Iterator[None]:
 def outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` ends its graph before ``function`` and starts another after it.
 
+    For launches, and for references that are autograd functions: torch 2.11 compiles those to wrong gradients (measured).
     ``torch.compiler.disable`` alone would import the compiler (more than a second) into every process.
     """
 

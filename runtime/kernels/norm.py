@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``rms_norm`` in plain torch, with as little memory as eager operators allow. Rounds to ``x``'s dtype before the weight
     and after it."""
-    return _RmsNormReference.apply(x, weight, eps)
+    return _rms_norm_reference(x, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -228,3 +228,4 @@ def _norm_of(
 
 
 _norm = loader.outside_compile(_norm_of)
+_rms_norm_reference = loader.outside_compile(_RmsNormReference.apply)

@@ -34,7 +34,7 @@ def rotate_reference(
     """``rotate`` in plain torch. Pairs (i, i + R/2) into a new tensor, with tables of ``x``'s dtype: in that dtype, with no
     temporary tensor; else in fp32, rounded once."""
     if not interleaved and not in_place and cos.dtype == sin.dtype == x.dtype:
-        return _RotateReference.apply(x, cos, sin)
+        return _rotate_reference(x, cos, sin)
     half = cos.shape[-1]
     c, s = widened(cos)[:, None, :], widened(sin)[:, None, :]
     pairs = widened(x[..., : 2 * half])
@@ -133,3 +133,4 @@ class _Rotate(torch.autograd.Function):
 
 
 _rotate = loader.outside_compile(_Rotate.apply)
+_rotate_reference = loader.outside_compile(_RotateReference.apply)

@@ -125,11 +125,11 @@ def test_switched_off_is_the_reference() -> None:
 
 
 @pytest.mark.parametrize("name", ["add_rms_norm", "gated_silu", "rotate"])
-def test_traced_whole(name: str) -> None:
-    """``torch.compile`` sees no reason to end a graph, forward or backward."""
+def test_compiled(name: str) -> None:
+    """``torch.compile`` leaves them alone; torch 2.11 would make wrong gradients of them."""
     call, shapes = CALLS[name]
     inputs = samples(shapes, torch.float32)
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(call, backend="aot_eager")
     outputs = call(*inputs)
     incoming = tuple(map(torch.ones_like, outputs if isinstance(outputs, tuple) else (outputs,)))
     torch.testing.assert_close(gradients(compiled, inputs, incoming), gradients(call, inputs, incoming))
