@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 ALONE = {
+    "runtime/test_generic.py": "starts processes; once failed beside other tests",
     "dashboard/test_browser.py": "a browser and a server",
     "estimator/test_catalog.py": "a bound in seconds",
     "runtime/test_fake_cpu.py": "groups of processes",
