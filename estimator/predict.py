@@ -7,13 +7,14 @@ from functools import lru_cache
 
 from estimator.job.files import job_to_dict
 from estimator.job.job import Job
-from estimator.job.kernels import STEP_KERNELS, kernels_in_use
+from estimator.job.kernels import kernels_in_use
 from estimator.job.model import ModelSpec
 from estimator.job.strategy import Strategy
 from estimator.memory.reader import StepMemory, read_memory
 from estimator.memory.verdict import judge
 from estimator.ops.cost import UnitCost
 from estimator.ops.kernels.chip import H200, chip_of
+from estimator.ops.kernels.optimizer import RULES
 from estimator.ops.layers import Shape, unit_costs
 from estimator.report import StepReport
 from estimator.schedule.events import Buffer, Collective, Copy, StepProgram
@@ -56,7 +57,7 @@ def lay_out(job: Job) -> Blueprint:
     """Derive layout, ``StepProgram`` and operator costs of ``job``."""
     units, gpu = model_units(job.model), job.cluster.gpu
     kernels = kernels_in_use(gpu.arch, job.strategy.kernels_off)
-    fused_step = STEP_KERNELS[job.strategy.optimizer] in kernels
+    fused_step = RULES[job.strategy.optimizer].kernel in kernels
     layout, program = _program_of(job.model, job.strategy, job.zero_stage, job.dp, job.n_micro_batches, fused_step)
     w, dtype = job.workload, job.strategy.dtype
     shape = Shape(

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from estimator.errors import InputError, require_int
 from estimator.job.grouping import check_ranks
-from estimator.job.kernels import KERNELS, STEP_KERNELS
+from estimator.job.kernels import KERNELS
 from estimator.job.strategy import Strategy
+from estimator.ops.kernels.optimizer import RULES
 from estimator.schedule.buffers import group_buffers
 from estimator.schedule.events import Buffer, Span
 from estimator.schedule.program import build_program
@@ -90,7 +91,7 @@ class Engine:
         self.device = live[0].params[0].device
         self.kernels = self._kernels_in_use()
         self.layout = make_layout([u.unit for u in live], strategy, self.zero_stage, self.comm.size)
-        fused_step = STEP_KERNELS[strategy.optimizer] in self.kernels
+        fused_step = RULES[strategy.optimizer].kernel in self.kernels
         self.program = build_program(
             self.layout, strategy, self.zero_stage, self.comm.size, n_micro_batches, fused_step=fused_step
         )
@@ -240,6 +241,8 @@ class Engine:
         trained = [storage for storage in self.storages if storage.group.kind.trained]
         if not has_data(trained[0].step_grads) or (square is not None and bool(square.isfinite())):
             return []
+        if self.device.type == "cuda":  # gradients may still be on their way to the host
+            torch.cuda.synchronize(self.device)
         names = [[self._name_of(slot) for slot in storage.slots] for storage in trained]
         return nonfinite_gradients(trained, names, self.comm, self.device)
 

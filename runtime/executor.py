@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from estimator.job.kernels import STEP_KERNELS
 from estimator.job.strategy import Strategy
+from estimator.ops.kernels.optimizer import RULES
 from estimator.schedule.events import (
     Accumulate,
     Alloc,
@@ -81,7 +81,7 @@ class Executor:
         self.optimizer, self.device = optimizer, device
         self._offloads = strategy.offload_optimizer
         self._fused_norm = "grad_norm" in kernels
-        self._fused_step = STEP_KERNELS[strategy.optimizer] in kernels
+        self._fused_step = RULES[strategy.optimizer].kernel in kernels
         self.streams = SideStreams(device)
         self.parts = PartClock(device)
         self.lr = optimizer.lr

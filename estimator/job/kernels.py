@@ -29,9 +29,6 @@ KERNELS: dict[str, str] = {
 ARCHITECTURES = {"volta": 70, "ampere": 80, "ada": 89, "hopper": 90, "blackwell": 100}
 """GPUs that the kernels run on: name of the architecture and its compute capability, major * 10 + minor."""
 
-STEP_KERNELS = {"adamw": "adam", "adam": "adam", "sgd": "sgd"}
-"""The kernel that steps each optimizer of a ``Strategy``."""
-
 NONE: frozenset[str] = frozenset()
 
 

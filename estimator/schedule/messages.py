@@ -1,8 +1,8 @@
 """What compressed collectives carry: codes, and a scale for each block of them, in buffers of their own.
 
 Bytes of one message of ``numel`` elements: int8 ``n + 4 n / 256``, int4 ``n / 2 + 4 n / 256`` (ZeRO++, Wang et al. 2023,
-section 3), signs ``n / 8 + 4 n / 1024`` (1-bit Adam, Tang et al. 2021, section 4); shards are whole blocks there. AdaComp (Chen et al. 2018) in messages of fixed
-size: ``2 n / 8 + 4 n / 512 + 4``, 16 bits for each element sent.
+section 3), signs ``n / 8 + 4 n / 1024`` (1-bit Adam, Tang et al. 2021, section 4); shards are whole blocks there. AdaComp
+(Chen et al. 2018) in messages of fixed size: ``2 n / 8 + 4 n / 512 + 4``, 16 bits for each element sent.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How gradients are summed over ranks: exactly, as int4 in two hops, or as signs with error feedback."""
+"""How gradients are summed over ranks: exactly, as int4 in two hops, or with error feedback as signs or AdaComp messages."""
 
 from __future__ import annotations
 

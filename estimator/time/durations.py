@@ -7,7 +7,7 @@ from math import log
 
 from estimator.errors import InputError
 from estimator.job.job import Job
-from estimator.job.kernels import STEP_KERNELS, kernels_in_use
+from estimator.job.kernels import kernels_in_use
 from estimator.ops.cost import UnitCost
 from estimator.ops.kernels import grad_norm, optimizer
 from estimator.ops.operator import Op
@@ -141,7 +141,7 @@ class Durations:
         if numel <= 0:
             return 0.0
         strategy = self.job.strategy
-        if STEP_KERNELS[strategy.optimizer] in self.kernels and not on_host:
+        if optimizer.RULES[strategy.optimizer].kernel in self.kernels and not on_host:
             width = DTYPE_BYTES[strategy.dtype]
             copy_width = 0 if strategy.dtype == "fp32" else width
             step = optimizer.cost(strategy.optimizer, numel, DTYPE_BYTES[strategy.grads], copy_width)

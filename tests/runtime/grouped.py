@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from estimator.job import Job, ModelSpec, Strategy
 from estimator.predict import lay_out, traffic_of
-from runtime.session import Measurement, SessionOptions, run_session
 from tests.runtime import tiny
 from tests.runtime.parity_worker import Outcome, worker
 
@@ -55,12 +52,3 @@ def assert_traffic_is_forecast(case: Case, outcome: Outcome) -> None:
 
 def joined(outcome: Outcome) -> torch.Tensor:
     return torch.cat([param.flatten() for param in outcome.params.values()])
-
-
-def metered(job: Job, device: str = "meta", rank: int = 0) -> Measurement:
-    """One rank of ``job`` over the fake group."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=job.dp)
-    try:
-        return run_session(job, device, SessionOptions(steps=1, warmup=1), rank=rank)  # type: ignore[arg-type]
-    finally:
-        dist.destroy_process_group()

@@ -11,7 +11,7 @@ from estimator.job import Strategy
 from estimator.predict import lay_out, memory_of
 from runtime.session import SessionOptions, run_session
 from tests.runtime import tiny
-from tests.runtime.test_memory import MODELS
+from tests.runtime.memory import MODELS
 
 DEVICES = [
     "cpu",

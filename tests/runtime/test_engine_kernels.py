@@ -6,7 +6,6 @@ Kernels run on the CPU shim, from their own source. The model is plain torch, so
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from estimator.job import Strategy
-from estimator.job.kernels import KERNELS, STEP_KERNELS
+from estimator.job.kernels import KERNELS
 from estimator.job.strategy import Dtype
+from estimator.ops.kernels.optimizer import RULES
 from runtime import Engine, OptimizerConfig, initialize
 from runtime.kernels import registry
 from runtime.reference import relative_difference
@@ -35,13 +35,7 @@ ROUNDING = {"fp32": 1e-6, "bf16": 5e-4, "fp16": 5e-4}
 where that makes the model's parameters round to neighbours, what follows differs by as much."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of torch that wait for one another take a hundred times as long as this arithmetic."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
@@ -147,7 +141,7 @@ def test_without_clipping_there_is_no_norm(dtype: Dtype) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_each_is_switched_off_by_name(optimizer: str) -> None:
     """What is left on still works; with all off the result is that of the torch bodies, bit by bit."""
-    name, left = STEP_KERNELS[optimizer], {}
+    name, left = RULES[optimizer].kernel, {}
     want = None
     for off in ((name,), ("grad_norm",), (name, "grad_norm"), ("all",)):
         strategy = Strategy(dtype="fp16", optimizer=optimizer, grad_clip=CLIP, kernels_off=off)  # type: ignore[arg-type]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from estimator.errors import InputError
 from estimator.job import Strategy
@@ -17,8 +15,9 @@ from runtime import Engine, initialize
 from runtime.models import Decoder
 from runtime.reference import PARITY_OPTIMIZER
 from tests.runtime import tiny
+from tests.runtime.memory import check, metered
 from tests.runtime.parity_worker import Case, batch
-from tests.runtime.test_memory import case, check, fake_run
+from tests.runtime.test_memory import case
 from tests.runtime.test_parity import outcomes_of, plain
 
 CASES = [
@@ -28,13 +27,6 @@ CASES = [
         (3, 2, "bf16", "optimizer,param"),
     )
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_group() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.mark.timeout(300)
@@ -102,7 +94,7 @@ def test_gradients_and_their_traffic_double_and_nothing_else() -> None:
     assert (b["grads"], b["reduce_buckets"]) == (2 * a["grads"], 2 * a["reduce_buckets"])
     (bytes_a, _, _), (bytes_b, _, _) = (traffic_of(lay_out(j).program) for j in (low, high))
     assert bytes_b["reduce_scatter"] == 2 * bytes_a["reduce_scatter"] and bytes_b["all_gather"] == bytes_a["all_gather"]
-    assert fake_run(high).collective_bytes == bytes_b
+    assert metered(high).collective_bytes == bytes_b
 
 
 def test_an_fp32_model_has_fp32_gradients_anyway() -> None:

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from estimator.job import Job, Strategy
 from estimator.predict import lay_out, memory_of
 from tests.runtime import test_fake_cpu, tiny
-from tests.runtime.grouped import metered
+from tests.runtime.memory import metered
 from tests.runtime.test_fake_cpu import MEMORY
 
 CASES: list[dict[str, Any]] = [

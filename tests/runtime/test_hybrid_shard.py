@@ -13,14 +13,14 @@ import torch.multiprocessing as mp
 
 from estimator.errors import InputError
 from estimator.job import Strategy
-from estimator.predict import lay_out, memory_of
+from estimator.predict import lay_out
 from estimator.schedule.events import Alloc, Collective, Span
 from runtime.comm import Communicator
 from runtime.reference import TOLERANCES, relative_difference
 from tests.runtime import tiny
-from tests.runtime.grouped import Case, assert_traffic_is_forecast, case, joined, metered, train
+from tests.runtime.grouped import Case, assert_traffic_is_forecast, case, joined, train
+from tests.runtime.memory import MODELS, check, metered
 from tests.runtime.parity_worker import Outcome, run_plain
-from tests.runtime.test_memory import MODELS, STATES
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -69,12 +69,7 @@ def test_bytes_on_the_wire_are_the_forecast(hybrid: Case, outcomes: dict[Case, O
 def test_memory_is_the_forecast(stage: int, offload: str) -> None:
     strategy = Strategy(zero_stage=stage, offload=offload, shard_size=4, bucket_bytes=300_000)  # type: ignore[arg-type]
     job = tiny.job(MODELS["llama"], strategy, world=16, n_micro_batches=2, seq_len=64)
-    got, want = metered(job, rank=9), memory_of(lay_out(job))
-    for category in STATES:
-        assert got.category_peak_bytes.get(category, 0) == want.category_peak_bytes.get(category, 0), category
-    assert want.host_peak_bytes == got.host_bytes
-    assert want.peak_bytes == pytest.approx(got.peak_allocated_bytes, rel=1e-3)
-    assert want.peak_where == got.peak_where
+    check(job, rank=9)
 
 
 def join_groups(rank: int, folder: str) -> None:

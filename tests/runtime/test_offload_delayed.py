@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from estimator.errors import InputError
 from estimator.job import Job, Strategy
@@ -25,18 +23,11 @@ from runtime.offload import delayed
 from runtime.reference import PARITY_OPTIMIZER, TOLERANCES, relative_difference
 from runtime.session import SessionOptions, run_session
 from tests.runtime import tiny
+from tests.runtime.memory import MODELS, check
 from tests.runtime.offload_worker import OffloadCase, run_group
 from tests.runtime.parity_worker import Outcome, batch, run_engine, run_plain
-from tests.runtime.test_memory import MODELS, check
 
-
-@pytest.fixture(autouse=True)
-def one_thread_and_no_group() -> Iterator[None]:
-    """Threads split sums, and so round, otherwise."""
-    torch.set_num_threads(1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def late(**fields: object) -> Strategy:

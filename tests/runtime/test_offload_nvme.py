@@ -6,14 +6,12 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from estimator.errors import InputError
 from estimator.job import Job, Strategy
@@ -27,19 +25,12 @@ from estimator.time.profile import FilePoint, HardwareProfile, profile_for
 from runtime.offload.states import NvmePlace
 from runtime.session import SessionOptions, run_session
 from tests.runtime import tiny
+from tests.runtime.memory import MODELS, check
 from tests.runtime.offload_worker import OffloadCase, make_engine, run, run_group, train
 from tests.runtime.parity_worker import Outcome
-from tests.runtime.test_memory import MODELS, check
 from validator.measure.case import Case
 
-
-@pytest.fixture(autouse=True)
-def one_thread_and_no_group() -> Iterator[None]:
-    """Threads split sums, and so round, otherwise."""
-    torch.set_num_threads(1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def in_files(**fields: object) -> Strategy:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from estimator.errors import InputError
 from estimator.job import Job, Strategy
@@ -19,21 +17,15 @@ from estimator.sharding.layout import Group
 from runtime.reference import TOLERANCES, relative_difference
 from runtime.session import SessionOptions, run_session
 from tests.runtime import tiny
+from tests.runtime.memory import MODELS, check
 from tests.runtime.offload_worker import OffloadCase, run_group
 from tests.runtime.parity_worker import Outcome, run_engine, run_plain
-from tests.runtime.test_memory import MODELS, check
 
 GROUP = Group(0, range(1), 1000, 1024, 256)
 """Four shards of 256 elements."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_no_group() -> Iterator[None]:
-    """Threads split sums, and so round, otherwise."""
-    torch.set_num_threads(1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shared(fraction: float, **fields: object) -> Strategy:

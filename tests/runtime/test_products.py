@@ -26,8 +26,8 @@ from runtime.reference import TOLERANCES
 from runtime.session import Measurement, SessionOptions, run_session
 from tests.runtime import tiny
 from tests.runtime.groups import run_ranks
+from tests.runtime.memory import MODELS, compare
 from tests.runtime.parity_worker import gloo_group
-from tests.runtime.test_memory import MODELS, compare
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model": tuple(MODELS),
