@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from estimator.sharding.units import Unit
 from runtime.context import managed_memory
+from runtime.parallel.layers import Fill, WholeLayers
 from runtime.storage import GroupStorage, cut
-
-Fill = Callable[[str, Tensor], None]
-"""Writes the initial values of the parameter of that name into an fp32 tensor of its shape."""
 
 
 @torch.no_grad()
-def adopt_parameters(storages: Sequence[GroupStorage], units: Sequence[Unit], fill: Fill | None) -> None:
+def adopt_parameters(
+    storages: Sequence[GroupStorage], units: Sequence[Unit], fill: Fill | None, layers: WholeLayers
+) -> None:
     """Copy every parameter into its group, in the order of ``units``; then the parameters view their groups.
 
-    The values are the parameters' own, or what ``fill`` writes for each name. A group is fp32 and whole from its first
+    The values are the parameters' own, or what ``fill`` writes for each name, of which ``layers`` take this rank's part. A group is fp32 and whole from its first
     parameter to its last.
     """
     homes = {
@@ -38,6 +38,6 @@ def adopt_parameters(storages: Sequence[GroupStorage], units: Sequence[Unit], fi
                 if fill is None:
                     cut(whole[group.number], slot).copy_(param.detach())
                 else:
-                    fill(f"{unit.name}.{described.name}", cut(whole[group.number], slot))
+                    layers.fill(f"{unit.name}.{described.name}", cut(whole[group.number], slot), described.split, fill)
                 if slot is storage.slots[-1]:
                     storage.adopt(whole.pop(group.number))

@@ -11,17 +11,21 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from estimator.job.strategy import Strategy
-from estimator.ops.kernels.optimizer import RULES
+from estimator.schedule.activations import AWAY, HERE
+from estimator.schedule.buffers import takes_fused_step
 from estimator.schedule.events import (
     Accumulate,
+    AddRows,
     Alloc,
+    Blend,
     Collective,
+    Commit,
     Compute,
     Copy,
     Event,
@@ -29,41 +33,38 @@ from estimator.schedule.events import (
     GradNorm,
     Keep,
     Pack,
+    PickRows,
+    Recv,
     Section,
+    Send,
+    Sent,
+    SumPieces,
     Unpack,
     Update,
     Wait,
 )
 from runtime import compress
 from runtime.comm import Communicator
+from runtime.compress import rows
+from runtime.compress.frozen import FrozenAdam, still_where_nothing_came
 from runtime.context import current_ledger, managed_memory
 from runtime.kernels.grad_norm import squares
 from runtime.kernels.optimizer import optimizer_step
 from runtime.kernels.rules import Control
+from runtime.offload.activations import BlockInputs
 from runtime.offload.delayed import LateSteps
 from runtime.offload.nvme import Transfer
 from runtime.offload.split import device_part, whole_shard
 from runtime.offload.states import NvmeStates
-from runtime.optimizer import OptimizerConfig, Shard, rule_of, squared_norm, step_shard
+from runtime.optimizer import OptimizerConfig, Shard, rule_of, squared_norm, step_shard, update
+from runtime.parallel.servers import Servers
 from runtime.param_groups import Coefficients, Piece, cut_shard
-from runtime.parts import PartClock
+from runtime.parts import EXCHANGE_PART, WAIT_PART, PartClock
 from runtime.storage import GroupStorage
 from runtime.streams import SideStreams
 
-_WAIT_PART = {
-    "gather": "exposed_gather",
-    "reduce": "exposed_reduce",
-    "cross": "exposed_reduce",
-    "grad_norm": "exposed_other_comm",
-}
-
-
-_WAIT_PART |= {
-    f"{verb}_{part}": _WAIT_PART[verb]
-    for verb in ("gather", "reduce", "cross")
-    for part in ("codes", "counts", "scales")
-}
-_COMPRESSION_PART = {"params": "exposed_gather", "grads": "exposed_reduce"}
+if TYPE_CHECKING:
+    from runtime.parallel.pipeline import Peers
 
 
 class Executor:
@@ -81,10 +82,15 @@ class Executor:
         self.optimizer, self.device = optimizer, device
         self._offloads = strategy.offload_optimizer
         self._fused_norm = "grad_norm" in kernels
-        self._fused_step = RULES[strategy.optimizer].kernel in kernels
+        self._fused_step = takes_fused_step(strategy, kernels)
         self.streams = SideStreams(device)
         self.parts = PartClock(device)
         self.lr = optimizer.lr
+        self.inputs = BlockInputs((), device)
+        """Blocks' inputs that wait in host memory."""
+        self.servers = Servers(strategy, comm) if strategy.has_servers else None
+        self.peers: Peers | None = None
+        """Obeys what a pipeline rank sends and receives."""
         self.nvme: NvmeStates | None = None
         """Obeys the copies between host and files, where masters and states are in files."""
         self.pieces: list[list[Piece]] | None = None
@@ -94,20 +100,28 @@ class Executor:
             places["compute"] = device
         self._step_counts = {stream: torch.zeros(1, device=place) for stream, place in places.items()}
         """fp32, wherever the optimizer steps, by stream; steps that were skipped are not counted."""
+        self._frozen: dict[str, FrozenAdam] = {}
+        """By stream, where the second moment is frozen."""
         self._decided: tuple[Tensor | None, Tensor | None] = (None, None)
         self._controls: dict[str, Control] = {}
         self._late = LateSteps(storages, strategy.optimizer, optimizer) if strategy.delayed_update else None
         self.norm_squared: Tensor | None = None
         """fp32 ``[1]`` on ``device``: the sum of squares of this step's gradients, while the optimizer section runs."""
         self.copy_bytes: Counter[str] = Counter()
+        self._converters: dict[type, Any] = {
+            Pack: compress.pack, Unpack: compress.unpack, PickRows: rows.pick, AddRows: rows.add
+        }  # fmt: skip
+        if self.servers is not None:
+            self._converters[SumPieces] = self.servers.sum
         self._work: dict[tuple[str, int], Any] = {}
         self._events: tuple[Event, ...] = ()
         self._cursor = 0
         self._entered: Compute | None = None
         self._handlers: dict[type, Any] = {
             Alloc: self._alloc, Free: self._free, Collective: self._collective, Copy: self._copy, Wait: self._wait,
-            Pack: self._pack, Unpack: self._unpack, Keep: self._keep,
+            Keep: self._keep, Blend: self._blend, **dict.fromkeys(self._converters, self._convert),
             Accumulate: self._accumulate, GradNorm: self._grad_norm, Update: self._update,
+            Send: self._send, Sent: self._sent, Recv: self._recv, Commit: self._commit,
         }  # fmt: skip
 
     # ---- walking the program --------------------------------------------------------------------------------------
@@ -134,6 +148,17 @@ class Executor:
         for count in self._step_counts.values():
             count.fill_(steps)
 
+    @torch.no_grad()
+    def freeze_variance(self) -> None:
+        """From the next step on Adam's second moment stays as it is."""
+        given = self.strategy.compresses_momentum
+        with managed_memory():
+            for stream, count in self._step_counts.items():
+                self._frozen[stream] = FrozenAdam(count.clone(), given_momentum=given)
+            for storage in self.storages:
+                for role in {"optimizer_state_1", "device_state_1"} & storage.tensors.keys():
+                    still_where_nothing_came(storage.tensors[role])
+
     def start_late_steps(self, events: tuple[Event, ...]) -> None:
         """Obey the section of a delayed update, where gradients of a step before are still to be stepped."""
         if self._late is not None and self._late.due:
@@ -141,10 +166,12 @@ class Executor:
             self._late.due = False
 
     def finish_late_steps(self) -> None:
-        """Wait for the late steps that have been started."""
+        """Wait for the late steps that have been started, and for late pushes."""
         for work in self._work.values():
             if isinstance(work, Future):
                 work.result()
+        if self.servers is not None:
+            self.servers.finish(self._work)
 
     @staticmethod
     def norm_end(events: tuple[Event, ...]) -> int:
@@ -161,9 +188,14 @@ class Executor:
         Both fp32 ``[1]`` on the device, ``None``: 1 and 0. For an optimizer on the host they are read when it begins, which
         waits for them.
         """
-        for count in self._step_counts.values():
+        for count in self._step_counts.values() if not self._is_starting else ():
             count.add_(1)
         self._decided = factor, skip
+
+    @property
+    def _is_starting(self) -> bool:
+        """Whether the first gradients are still under way, in pushes that servers may take late."""
+        return self.servers is not None and self.servers.is_starting
 
     def _control_in(self, stream: str) -> Control:
         """What is decided for this step, where ``stream`` reads it."""
@@ -181,10 +213,16 @@ class Executor:
         skip = self._decided[1]
         for count in self._step_counts.values() if skip is not None else ():
             count.sub_(skip.to(count.device))  # type: ignore[union-attr]
-        if self.nvme is not None:
-            self.nvme.commit(self._step_counts["host"])
+        if self.servers is not None:
+            self.servers.end_step(self._work)
         self._controls.clear()
         self.norm_squared = None
+
+    @torch.no_grad()
+    def _commit(self, _event: Commit) -> None:
+        assert self.nvme is not None
+        count, skip = self._step_counts["host"], self._decided[1]
+        self.nvme.commit(count if skip is None else count - skip.to(count.device))
 
     def begin(self, section: Section) -> None:
         """Point at the start of a micro-batch."""
@@ -193,7 +231,7 @@ class Executor:
 
     def enter(self, unit: int, phase: str) -> None:
         """The model is about to run ``unit``'s pass: do all that the program puts before it."""
-        self._advance()
+        self.advance()
         due = self._events[self._cursor] if self._cursor < len(self._events) else None
         if due != Compute(unit, phase):  # type: ignore[arg-type]
             said = (
@@ -219,22 +257,23 @@ class Executor:
             ledger = current_ledger()
             if ledger is not None and phase != "backward":
                 ledger.close_scope()
-            self._advance()
+            self.advance()
 
     def finish(self) -> None:
         """The backward pass has returned: do what is left of the micro-batch."""
-        self._advance()
+        self.advance()
         if self._cursor != len(self._events):
             due = self._events[self._cursor]
             assert isinstance(due, Compute)
             raise RuntimeError(f"the backward pass never reached {due.phase} of {self.unit_names[due.unit]}")
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """Do all that the program puts before the next pass, or before sending what is not there yet."""
         self._entered = None
         events, handlers = self._events, self._handlers
         while self._cursor < len(events):
             event = events[self._cursor]
-            if type(event) is Compute:
+            if type(event) is Compute or (type(event) is Send and self.peers.outgoing is None):  # type: ignore[union-attr]
                 return
             self._cursor += 1
             handlers[type(event)](event)
@@ -242,10 +281,16 @@ class Executor:
     # ---- memory ---------------------------------------------------------------------------------------------------
 
     def _alloc(self, event: Alloc) -> None:
-        self.storages[event.buffer.group].alloc(event.buffer)
+        if event.buffer.role == HERE:
+            self.inputs.expect(event.buffer.group)
+        elif event.buffer.role != AWAY:  # whose size is known when the first input has been met
+            self.storages[event.buffer.group].alloc(event.buffer)
 
     def _free(self, event: Free) -> None:
-        self.storages[event.buffer.group].free(event.buffer)
+        if event.buffer.role == HERE:
+            self.inputs.drop(event.buffer.group)
+        else:
+            self.storages[event.buffer.group].free(event.buffer)
 
     # ---- communication and copies ---------------------------------------------------------------------------------
 
@@ -256,9 +301,12 @@ class Executor:
 
     def _start_collective(self, event: Collective) -> Any:
         if event.purpose == "grad_norm":
-            assert self.norm_squared is not None
-            return self.comm.all_reduce(self.norm_squared, event.span)
+            if self.norm_squared is None:  # a rank that servers step for
+                self.norm_squared = torch.zeros(1, device=self.device)
+            return self.comm.all_reduce(self.norm_squared, event.span, event.stream)
         s = self.storages[event.group]
+        if self.servers is not None:
+            return self.servers.push(s) if event.op == "push" else self.servers.pull(s.tensors["full_params"])
         if event.ends is not None:
             source, target = (s.tensors[role] for role in event.ends)
             start = self.comm.all_gather if event.op == "all_gather" else self.comm.all_to_all
@@ -285,6 +333,12 @@ class Executor:
             with managed_memory():
                 self._work[event.tag] = self.nvme.copy(event)
             return
+        if event.purpose == "activations":
+            with self.parts.part("offload"):
+                move = self.inputs.leave if event.stream == "d2h" else self.inputs.come_back
+                n_bytes, self._work[event.tag] = move(event.group, self.streams)
+            self.copy_bytes[event.stream] += n_bytes
+            return
         source, target = self._ends_of(event, self.storages[event.group])
         assert source.numel() * source.element_size() == event.n_bytes
         self.copy_bytes[event.stream] += event.n_bytes
@@ -306,8 +360,24 @@ class Executor:
         assert source is not None
         return source, s.device_shard[: source.numel()]
 
+    @torch.no_grad()
+    def _send(self, event: Send) -> None:
+        assert self.peers is not None
+        with self.streams.on("send"):
+            self._work[event.tag] = self.peers.send(event)
+
+    def _sent(self, event: Sent) -> None:
+        assert self.peers is not None
+        self.peers.sent(event)
+
+    @torch.no_grad()
+    def _recv(self, event: Recv) -> None:
+        assert self.peers is not None
+        self._work[event.tag] = self.peers.recv(event, self.streams.on("recv"))
+
     def _wait(self, event: Wait) -> None:
-        part = _WAIT_PART.get(event.tag[0], "offload")
+        verb = event.tag[0].partition("@")[0]
+        part = WAIT_PART.get(verb, "offload")
         # gloo keeps copies of its own, as NCCL has buffers: neither is the job's tensors
         with self.parts.part(part), managed_memory():
             work = self._work.get(event.tag)
@@ -319,26 +389,28 @@ class Executor:
                 work.wait()
             else:
                 self.streams.wait(event.stream, work)
-            if event.tag[0] in _WAIT_PART:
+            if verb in WAIT_PART:
                 self._work.pop(event.tag, None)
 
     # ---- compression ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _pack(self, event: Pack) -> None:
-        with self.parts.part(_COMPRESSION_PART[event.purpose]), managed_memory():
-            compress.pack(event, self.storages[event.group])
+    def _convert(self, event: Pack | Unpack | PickRows | AddRows | SumPieces) -> None:
+        """Into what is sent, or out of what has come."""
+        with self.parts.part(EXCHANGE_PART[getattr(event, "purpose", "grads")]), managed_memory():
+            self._converters[type(event)](event, self.storages[event.group])
 
     @torch.no_grad()
-    def _unpack(self, event: Unpack) -> None:
-        with self.parts.part(_COMPRESSION_PART[event.purpose]), managed_memory():
-            compress.unpack(event, self.storages[event.group])
+    def _blend(self, event: Blend) -> None:
+        tensors, beta1 = self.storages[event.group].tensors, self.optimizer.betas[0]
+        with self.parts.part("exposed_reduce"), managed_memory():
+            tensors["full_grads"].add_(tensors["optimizer_state_0"], alpha=beta1 / (1 - beta1))
 
     @torch.no_grad()
     def _keep(self, event: Keep) -> None:
         tensors = self.storages[event.group].tensors
         kept = tensors["secondary_params"]
-        start = self.comm.rank % self.strategy.secondary_shard * kept.numel()
+        start = self.comm.mesh.data_place(self.comm.rank) % self.strategy.secondary_shard * kept.numel()
         with self.parts.part("exposed_gather"), managed_memory():
             kept.copy_(tensors["full_params"][start : start + kept.numel()])
 
@@ -356,6 +428,8 @@ class Executor:
         with self._part_of(event.stream), managed_memory():
             fused = self._fused_norm and not on_host
             square = squares([grads])[:1] if fused else squared_norm(grads).to(self.device).view(1)
+            if event.copies > 1:
+                square = square / event.copies
             self.norm_squared = square if self.norm_squared is None else self.norm_squared.add_(square)
 
     def _part_of(self, stream: str) -> AbstractContextManager[None]:
@@ -366,6 +440,8 @@ class Executor:
     def _update(self, event: Update) -> None:
         if self._late is not None:
             self._work["update", event.group] = self._late.start(event.group)
+            return
+        if self._is_starting:
             return
         ledger, on_host = current_ledger(), event.stream == "host"
         place = ledger.on_host() if ledger is not None and on_host else nullcontext()
@@ -399,5 +475,6 @@ class Executor:
             )
             return
         assert control.step is not None and not isinstance(control.lr, Tensor)
+        by = self._frozen.get("host" if on_host else "compute", update)
         for shard in shards:
-            step_shard(kind, config, control.lr, control.step, control.factor, shard, control.skip)
+            step_shard(kind, config, control.lr, control.step, control.factor, shard, control.skip, by)

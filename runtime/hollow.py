@@ -15,7 +15,9 @@ def hollow(model: nn.Module, device: torch.device) -> None:
         for param in model.parameters():
             values = torch.empty_like(param, device=device)
             values.untyped_storage().resize_(0)
-            torch.utils.swap_tensors(param, nn.Parameter(values, requires_grad=param.requires_grad))
+            hollowed = nn.Parameter(values, requires_grad=param.requires_grad)
+            hollowed.__dict__.update(param.__dict__)  # what its makers say of it
+            torch.utils.swap_tensors(param, hollowed)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=device))

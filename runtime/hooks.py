@@ -23,9 +23,13 @@ from runtime.units import LiveUnit
 class UnitHooks:
     """On every unit of a model. One module may be several units: it then takes their turns in order."""
 
-    def __init__(self, live: Sequence[LiveUnit], executor: Executor, clock: RecomputeClock) -> None:
+    def __init__(
+        self, live: Sequence[LiveUnit], executor: Executor, clock: RecomputeClock, *, has_loss: bool = True
+    ) -> None:
+        """``has_loss``: the last unit's pass is the loss; not so on most ranks of a pipeline."""
         self._executor, self._clock = executor, clock
-        self._last, self._first_trained = len(live) - 1, first_trained([u.unit for u in live])
+        self._last = len(live) - 1 if has_loss else None
+        self._first_trained = first_trained([u.unit for u in live])
         self._turns: dict[nn.Module, list[int]] = {}
         self._runs: Counter[nn.Module] = Counter()
         for index, unit in enumerate(live):
@@ -46,9 +50,11 @@ class UnitHooks:
     def _is_replay(self) -> bool:
         return not torch.is_grad_enabled() or self._clock.active
 
-    def _before_forward(self, module: nn.Module, _args: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
         if not self._is_replay():
-            self._executor.enter(*self._turn(module))
+            unit, phase = self._turn(module)
+            self._executor.inputs.offer(unit, args)
+            self._executor.enter(unit, phase)
 
     def _after_forward(self, module: nn.Module, _args: Any, output: Any) -> None:
         if self._is_replay():

@@ -34,6 +34,8 @@ class Block:
     category: str
     host: bool
     scope: int
+    passes_on: bool = True
+    """Whether what is made of it element by element is of its category too, where that is ``logits_loss``."""
 
 
 @dataclass(slots=True)
@@ -92,6 +94,12 @@ class Ledger(TorchDispatchMode):
         """From now on bytes are counted under ``phase``; ``where`` names the unit and pass."""
         self._log.entries.append((phase, where))
         self._log.phase = (phase, where)
+
+    def last_of_logits(self, tensor: torch.Tensor) -> None:
+        """``tensor``, though of the loss, is no logits: what is made of it is not either."""
+        block = self._live.get(tensor.untyped_storage()._cdata)
+        if block is not None:
+            block.passes_on = False
 
     @contextmanager
     def category(self, name: str) -> Iterator[None]:
@@ -169,7 +177,7 @@ class Ledger(TorchDispatchMode):
         for arg in args:
             if isinstance(arg, torch.Tensor) and arg.numel() == tensor.numel() > 1:
                 source = self._live.get(arg.untyped_storage()._cdata)
-                if source is not None and source.category == "logits_loss":
+                if source is not None and source.category == "logits_loss" and source.passes_on:
                     return True
         return False
 

@@ -29,7 +29,9 @@ def _flags(storage: GroupStorage, device: torch.device) -> list[torch.Tensor]:
     """fp32 scalars on ``device``, one per slot: 1 where this rank's part of the slot's gradient is not finite."""
     group = storage.group
     start = storage.rank * group.shard_numel if group.shard_numel < group.padded_numel else 0
-    on_device = {"grad_shard", "full_grads"} & storage.tensors.keys()
+    on_device = {"grad_shard", "full_grads", "server_sum"} & storage.tensors.keys()
+    if not storage.buffers.is_stepped:  # servers look
+        return [torch.zeros((), device=device) for _ in storage.slots]
     grads = [storage.reduced_grads] if on_device else []
     if "host_grads" in storage.tensors:  # the beginning of the shard, or all of it
         grads.append(storage.step_grads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ def update(
     if kind == "sgd":
         if has_data(param):  # torch's fused SGD has no form for tensors without data; it allocates nothing
             torch._fused_sgd_(
-                [param], [grad], states, weight_decay=config.weight_decay, momentum=config.betas[0], lr=lr,
+                [param], [grad], states if config.betas[0] else [], weight_decay=config.weight_decay, momentum=config.betas[0], lr=lr,
                 dampening=0.0, nesterov=False, maximize=False, is_first_step=False, found_inf=skip,
             )  # fmt: skip
         return
@@ -67,34 +68,46 @@ def update(
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """The flat tensors of one optimizer step, all of one length."""
+    """The flat tensors of one optimizer step, all of one length, fp32 or narrower."""
 
     master: Tensor
-    """fp32, like ``states``."""
     grads: Tensor
-    """Changed by the step when there is no ``temp``."""
+    """Changed by the step when they are fp32."""
     states: list[Tensor]
     target: Tensor | None
     """Where the new parameters go in the model's dtype; ``None``: ``master`` is the parameter itself."""
     temp: Tensor | None
-    """fp32, of at least one chunk, to widen gradients in; ``None``: they are fp32."""
+    """fp32, of at least one chunk for each tensor that is not, to widen it in; ``None``: all are."""
 
 
 def step_shard(
     kind: Optimizer, config: OptimizerConfig, lr: float, step: Tensor, factor: Tensor | None, shard: Shard,
-    skip: Tensor | None = None,
+    skip: Tensor | None = None, by: Callable[..., None] = update,
 ) -> None:  # fmt: skip
-    """One step of ``shard``, chunk by chunk: gradients widened and multiplied by ``factor``, ``update``, written back."""
+    """One step of ``shard``, chunk by chunk: widened, gradients multiplied by ``factor``, stepped ``by`` what is called as
+    ``update`` is, rounded to nearest."""
     for start in range(0, shard.master.numel(), UPDATE_CHUNK_NUMEL):
         part = slice(start, min(start + UPDATE_CHUNK_NUMEL, shard.master.numel()))
-        grad = shard.grads[part]
-        if shard.temp is not None:
-            grad = shard.temp[: part.stop - part.start].copy_(grad)
+        own = [flat[part] for flat in (shard.grads, shard.master, *shard.states)]
+        grad, master, *states = wide = _widened(own, shard.temp)
         if factor is not None:
             grad.mul_(factor)
-        update(kind, config, lr, step, shard.master[part], grad, [state[part] for state in shard.states], skip)
+        by(kind, config, lr, step, master, grad, states, skip)
+        for narrow, stepped in zip(own[1:], wide[1:], strict=True):
+            if narrow is not stepped:
+                narrow.copy_(stepped)
         if shard.target is not None:
-            shard.target[part].copy_(shard.master[part])
+            shard.target[part].copy_(master)
+
+
+def _widened(tensors: list[Tensor], temp: Tensor | None) -> list[Tensor]:
+    """Each of ``tensors``, or where it is not fp32 a copy of it that is, one after another in ``temp``."""
+    wide, used = [], 0
+    for tensor in tensors:
+        if temp is not None and tensor.dtype != torch.float32:
+            tensor, used = temp[used : used + tensor.numel()].copy_(tensor), used + tensor.numel()
+        wide.append(tensor)
+    return wide
 
 
 _ROW_NUMEL = 1 << 12

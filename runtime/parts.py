@@ -14,6 +14,26 @@ from typing import Any
 
 import torch
 
+WAIT_PART = {
+    "gather": "exposed_gather",
+    "reduce": "exposed_reduce",
+    "cross": "exposed_reduce",
+    "push": "exposed_reduce",
+    "grad_norm": "exposed_other_comm",
+    "recv_activations": "pipeline_bubble",
+    "recv_gradients": "pipeline_bubble",
+    "send_activations": "exposed_other_comm",
+    "send_gradients": "exposed_other_comm",
+}
+"""Which part a wait is, by the verb of its tag; others are ``offload``."""
+WAIT_PART |= {
+    f"{verb}_{part}": WAIT_PART[verb]
+    for verb in ("gather", "reduce", "cross")
+    for part in ("codes", "counts", "scales", "ids", "rows")
+}
+EXCHANGE_PART = {"params": "exposed_gather", "grads": "exposed_reduce"}
+"""Which part it is to make and to read messages, by purpose."""
+
 
 class PartClock:
     """Seconds by part since ``start``. Parts nest: an inner part's seconds are not the outer one's."""

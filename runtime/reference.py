@@ -8,8 +8,9 @@ on a CPU; beyond, communication libraries add in an order of their own, and atte
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -44,6 +45,13 @@ TOLERANCES = {
 """By dtype; measured on four gloo ranks, whose sums round in another order, over 20 steps of small models."""
 
 
+def tolerance(dtype: str, n_summands: int = 1) -> Tolerance:
+    """What rounding explains. Where ranks round their parts of a layer's result to 16 bits before they add them up
+    (``Strategy.n_summands``), the parameters' share doubles (measured on two and four ranks)."""
+    usual = TOLERANCES[dtype]
+    return usual if n_summands == 1 or dtype == "fp32" else replace(usual, params=2 * usual.params)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlainOutcome:
     """What plain training gives."""
@@ -51,7 +59,7 @@ class PlainOutcome:
     losses: list[list[list[float]]]
     """By step, rank and micro-batch."""
     params: dict[str, Tensor]
-    """fp32 masters by name."""
+    """Masters by name, fp32."""
 
 
 @switched_off("all")
@@ -61,15 +69,16 @@ def train_plain(
 ) -> PlainOutcome:  # fmt: skip
     """Train ``model`` (fp32, returns its loss) as ``n_ranks`` ranks would, their batches one after another.
 
-    Of ``strategy`` only the stage's order of additions, dtypes, optimizer, clipping and delay matter: sharding, offload and
+    Of ``strategy`` only the stage's order of additions, dtypes, optimizer, clipping, delay and staleness matter: sharding, offload and
     recomputation change nothing. A delayed update leaves the model with the parameters of the step before. The model is left in the strategy's dtype.
     """
-    masters = [p.detach().clone() for p in model.parameters()]
+    masters = [p.detach().to(TORCH_DTYPES[strategy.masters], copy=True).float() for p in model.parameters()]
     model.to(TORCH_DTYPES[strategy.dtype])
     params = list(model.parameters())
     stepper = _optimizer(strategy, optimizer, masters)
     scaler = LossScaler(strategy.dtype, params[0].device)
     ranks_first = strategy.zero_stage >= 2 and n_ranks > 1
+    under_way: deque[Sequence[Tensor]] = deque()
     losses = []
     for step in range(steps):
         losses.append([[0.0] * n_micro_batches for _ in range(n_ranks)])
@@ -80,14 +89,20 @@ def train_plain(
             grads = torch.autograd.grad(loss * (scaler.factor / n_micro_batches), params)
             return [grad.to(TORCH_DTYPES[strategy.grads]) for grad in grads]
 
+        def pushed(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+            return [grad.float() for grad in grads] if strategy.has_servers else grads
+
         def of_replica(ranks: range, gradients: Callable[..., Sequence[Tensor]] = gradients) -> Sequence[Tensor]:
             if ranks_first:
                 return _sum(_sum(gradients(r, m) for r in ranks) for m in range(n_micro_batches))
-            return _sum(_sum(gradients(r, m) for m in range(n_micro_batches)) for r in ranks)
+            return _sum(pushed(_sum(gradients(r, m) for m in range(n_micro_batches))) for r in ranks)
 
         size = strategy.shard_size or n_ranks
         total = _sum(of_replica(range(first, first + size)) for first in range(0, n_ranks, size))
-        for master, grad in zip(masters, total, strict=True):
+        under_way.append(total)
+        if len(under_way) <= strategy.staleness:
+            continue
+        for master, grad in zip(masters, under_way.popleft(), strict=True):
             master.grad = grad.float() / (scaler.factor * n_ranks)
         looks = scaler.enabled or strategy.grad_clip > 0
         overflow = looks and not all(bool(torch.isfinite(m.grad).all()) for m in masters if m.grad is not None)
@@ -97,12 +112,24 @@ def train_plain(
             if strategy.grad_clip > 0:
                 _clip(masters, strategy.grad_clip)
             stepper.step()
+            _round(strategy, masters, stepper)
         if scaler.enabled:
             scaler.record(torch.full((1,), float(overflow), device=params[0].device))
         if not strategy.delayed_update:
             _publish(masters, params)
     names = [name for name, _ in model.named_parameters()]
     return PlainOutcome(losses=losses, params=dict(zip(names, masters, strict=True)))
+
+
+@torch.no_grad()
+def _round(strategy: Strategy, masters: Iterable[Tensor], stepper: torch.optim.Optimizer) -> None:
+    """Masters and states lose what their own dtypes do not hold."""
+    for tensor in masters:
+        tensor.copy_(tensor.to(TORCH_DTYPES[strategy.masters]))
+    for state in stepper.state.values():
+        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if name in state:
+                state[name].copy_(state[name].to(TORCH_DTYPES[strategy.states]))
 
 
 @torch.no_grad()
@@ -140,9 +167,9 @@ def relative_difference(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -
     return (square / max(norm, 1e-24)) ** 0.5
 
 
-def excess(dtype: str, parity: Mapping[str, float]) -> str | None:
-    """One sentence when ``parity`` (``loss`` and ``params``) is beyond ``dtype``'s tolerance."""
-    allowed = TOLERANCES[dtype]
+def excess(dtype: str, parity: Mapping[str, float], n_summands: int = 1) -> str | None:
+    """One sentence when ``parity`` (``loss`` and ``params``) is beyond ``dtype``'s tolerance on so many ranks."""
+    allowed = tolerance(dtype, n_summands)
     for name, limit in (("loss", allowed.loss), ("params", allowed.params)):
         if not parity[name] <= limit:  # also when it is no number
             return (

@@ -21,6 +21,8 @@ from estimator.job.job import Job
 from estimator.job.kernels import KERNELS, kernels_in_use
 from estimator.memory.reader import StepMemory
 from estimator.ops.kernels.chip import chip_of
+from estimator.sharding.sparse import TOKEN_TABLE
+from runtime.comm import Communicator
 from runtime.context import has_data, input_memory, metered_by
 from runtime.engine import Engine, initialize
 from runtime.history import AllocatorHistory
@@ -28,10 +30,16 @@ from runtime.hollow import hollow
 from runtime.host_memory import keep_freed_memory
 from runtime.kernels import loader, registry
 from runtime.ledger import Ledger
-from runtime.models import Decoder
+from runtime.models import build
+from runtime.models.batches import random_batch
 from runtime.models.decoder import initial_values
+from runtime.models.stage import stage_of, stage_values
 from runtime.offload.states import NvmePlace
 from runtime.optimizer import OptimizerConfig
+from runtime.parallel.context import WholeContext, made_for
+from runtime.parallel.experts import experts_for
+from runtime.parallel.layers import WholeLayers
+from runtime.parallel.tensor import TensorParallel
 from runtime.reference import PARITY_OPTIMIZER, relative_difference, train_plain
 
 Device = Literal["cpu", "cuda", "meta", "fake-cpu"]
@@ -45,6 +53,7 @@ class SessionOptions:
     steps: int = 8
     """Steps that are measured, after ``warmup``."""
     warmup: int = 3
+    """Compression's own warm-up ends with these at the latest: what is measured is what most steps are."""
     track_memory: bool = True
     """Meter live bytes in one further step; that step is not timed."""
     seed: int = 0
@@ -111,12 +120,12 @@ def run_session(
 ) -> Measurement:
     """Train ``job``'s model on random tokens as rank ``rank``; every rank of the job calls this.
 
-    torch.distributed's default group (gloo, nccl or fake) must span ``job.dp`` ranks unless that is 1. ``on_step`` is
+    torch.distributed's default group (gloo, nccl or fake) must span the job's GPUs unless there is one. ``on_step`` is
     told the number and seconds of every step, warm-up included. Raises ``InputError`` when the group does not match.
     """
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if ranks != job.dp:
-        raise InputError(f"the process group has {ranks} ranks; allowed: {job.dp}, the job's data-parallel size")
+    if ranks != job.cluster.n_gpus:
+        raise InputError(f"the process group has {ranks} ranks; allowed: {job.cluster.n_gpus}, the job's GPUs")
     if options.reference and job.dp > 1 and (rounds := rounding_fields(job.strategy)):
         raise InputError(
             f"parity with plain PyTorch is asked for with {' and '.join(rounds)}, which rounds what ranks exchange; allowed: "
@@ -180,8 +189,9 @@ def _measured(
     job: Job, device: str, options: SessionOptions, rank: int, on_step: Callable[[int, float], None] | None, engine: Engine,
 ) -> Measurement:  # fmt: skip
     is_real = has_data(next(engine.model.parameters()))
-    batches = _Batches(job, device, options.seed + rank)
+    batches = _Batches(job, device, options.seed + engine.comm.mesh.place("dp", rank), engine.layers.context)
     timed = _timed_steps(engine, batches, options, on_step) if is_real else _Timed()
+    engine.end_warmup()
     attribution: dict[str, Any] = {}
     report = None
     if options.track_memory:
@@ -228,12 +238,24 @@ def _medians(of_steps: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def _make_engine(job: Job, device: str, options: SessionOptions, is_real: bool, nvme: NvmePlace | None) -> Engine:
     """On a device with data the fp32 model is never there as a whole: its parameters are drawn into their groups."""
+    comm = Communicator(job.mesh)
+    context = made_for(job.strategy.cp_kind, comm)
+    if job.strategy.tp > 1:
+        layers: WholeLayers = TensorParallel(comm, sequence=job.strategy.sequence_parallel, context=context)
+    else:
+        layers = WholeLayers(context, experts_for(job.strategy, comm))
+    if job.strategy.pp > 1:
+        stage = stage_of(job, job.mesh.place("pp", comm.rank), device, layers, is_real=is_real)
+        return initialize(
+            model=stage, strategy=job.strategy, n_micro_batches=job.n_micro_batches, optimizer=options.optimizer,
+            fill=stage_values(job.model, torch.device(device), options.seed) if is_real else None, comm=comm,
+        )  # fmt: skip
     with torch.device("meta" if is_real else device):
-        model = Decoder(job.model, seq_len=job.workload.seq_len)
+        model = build(job.model, job.workload.seq_len, layers)
     fill = None
     if is_real:
         hollow(model, torch.device(device))
-        model.fill_rotary_tables()
+        model.fill_tables()
         fill = initial_values(torch.device(device), options.seed)
     return initialize(
         model=model,
@@ -242,6 +264,8 @@ def _make_engine(job: Job, device: str, options: SessionOptions, is_real: bool, 
         optimizer=options.optimizer,
         fill=fill,
         nvme=nvme,
+        comm=comm,
+        sparse_rows={TOKEN_TABLE: job.tokens_per_micro_batch} if job.strategy.sparse_embeddings else None,
     )
 
 
@@ -250,7 +274,7 @@ def _parity(
 ) -> dict[str, float]:
     """Largest relative differences of rank 0's ``losses`` and of the ``trained`` parameters from plain training."""
     with torch.device(device):
-        model = Decoder(job.model, seq_len=job.workload.seq_len)
+        model = build(job.model, job.workload.seq_len)
     model.reset_parameters(options.seed)
     batches = [_Batches(job, device, options.seed + rank) for rank in range(job.dp)]
     plain = train_plain(
@@ -265,22 +289,35 @@ def _parity(
 
 
 class _Batches:
-    """Random token ids and the labels one place further on."""
+    """Random token ids, and the labels that they go with."""
 
-    def __init__(self, job: Job, device: str, seed: int) -> None:
+    def __init__(self, job: Job, device: str, seed: int, context: WholeContext | None = None) -> None:
+        """``context``: of which a rank gets its own tokens."""
         self.shape = (job.workload.micro_batch_size, job.workload.seq_len)
-        self.vocab_size, self.device = job.model.vocab_size, device
+        self.model, self.device, self.context = job.model, device, context or WholeContext()
         self.generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         def draw() -> torch.Tensor:
-            return torch.randint(self.vocab_size, self.shape, device=self.device, generator=self.generator)
+            return torch.randint(self.model.vocab_size, self.shape, device=self.device, generator=self.generator)
 
         with input_memory():
-            return draw(), draw()
+            ids, labels = random_batch(self.model, draw)
+            return self.context.own(ids), self.context.own(labels)
+
+    def of_step(self, engine: Engine) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """All micro-batches of a step: of each what this rank of a pipeline reads."""
+        stage = engine.stage
+        assert stage is not None
+        drawn = (self.next() for _ in range(engine.n_micro_batches))
+        return [(ids if stage.rank == 0 else None, labels if stage.is_last else None) for ids, labels in drawn]
 
 
-def _train_step(engine: Engine, batches: _Batches) -> torch.Tensor:
+def _train_step(engine: Engine, batches: _Batches, drawn: Sequence[Any] = ()) -> torch.Tensor | None:
+    """The last micro-batch's loss; a pipeline has one on its last ranks. ``drawn``: its batches, where they are there already."""
+    if engine.stage is not None:
+        losses = engine.train_step(drawn or batches.of_step(engine))
+        return losses[-1] if losses else None
     for _ in range(engine.n_micro_batches):
         ids, labels = batches.next()
         loss = engine(ids, labels)
@@ -310,12 +347,16 @@ def _timed_steps(
     if cuda:
         torch.cuda.synchronize()
     for number in range(options.warmup + options.steps):
+        if number == options.warmup:
+            engine.end_warmup()
         if engine.comm.size > 1:
             torch.distributed.barrier()
         start_s, start = time.perf_counter(), clock.mark()
         loss = _train_step(engine, batches)
         end = clock.mark()
-        if cuda:
+        if cuda and engine.strategy.staleness:  # pushes may stay under way
+            torch.cuda.current_stream().synchronize()
+        elif cuda:
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - start_s
         if on_step is not None:
@@ -325,7 +366,8 @@ def _timed_steps(
             timed.device_seconds += [clock.between(start, end)] if cuda else []
             timed.parts.append(engine.seconds)
             timed.copies.append(engine.executor.copy_seconds())
-            timed.losses.append(loss.item())
+            loss = engine.loss_of_all(loss)
+            timed.losses += [] if loss is None else [loss.item()]
     return timed
 
 
@@ -339,8 +381,10 @@ def _metered_step(engine: Engine, batches: _Batches, steps: int) -> tuple[StepMe
             storage.meter_all()
         engine.meter_tables(ledger)
         for _ in range(steps):
+            drawn = batches.of_step(engine) if engine.stage is not None else ()
             ledger.enter("forward", "start of the step")
             ledger.start_step()
-            _train_step(engine, batches)
+            _train_step(engine, batches, drawn)
+            del drawn
         report = ledger.report()
     return report, history.attribution() if history else {}

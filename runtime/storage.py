@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
+
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +18,10 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 MESSAGE_ROLES = frozenset(
-    f"{kind}{part}" for kind in ("", "received_", "unordered_") for part in ("codes", "counts", "scales")
+    f"{kind}{part}" for kind in ("", "received_", "unordered_") for part in ("codes", "counts", "scales", "ids", "rows")
 )
-"""Buffers of compressed collectives: bytes."""
-_SUM_ROLES = frozenset(("error", "server_error", "partial_sum"))
+"""Buffers of collectives that carry messages: bytes."""
+_SUM_ROLES = frozenset(("error", "server_error", "partial_sum", "server_sum"))
 """fp32 beside gradients of any dtype."""
 _ZERO_ROLES = frozenset(("full_grads", "error", "server_error"))
 
@@ -37,10 +39,18 @@ class GroupStorage:
     ) -> None:  # fmt: skip
         self.group, self.buffers, self.slots, self.params = group, buffers, slots, params
         self.dtype, self.grad_dtype = TORCH_DTYPES[strategy.dtype], TORCH_DTYPES[strategy.grads]
+        self._step_dtypes = {
+            "master_params": TORCH_DTYPES[strategy.masters],
+            "optimizer_state": TORCH_DTYPES[strategy.states],
+        }
+        self.masters_dtype = self._step_dtypes["master_params"]
         self.device, self.rank = device, rank
         self.host = torch.device("meta") if device.type == "meta" else torch.device("cpu")
         self.tensors: dict[str, Tensor] = {}
         self._alive: dict[str, Buffer] = {}
+        self._older: dict[str, deque[Tensor]] = defaultdict(deque)
+        """Buffers that had a role before the one that has it, and live still: the oldest first, which goes first."""
+        self._is_adopted = False
         self._n_shards = group.padded_numel // group.shard_numel
         self.files: NvmeStates | None = None
         """Where masters and states are while they are not in ``tensors``."""
@@ -65,21 +75,28 @@ class GroupStorage:
                 tensor = slot_memory(buffer.n_bytes, place, pinned=pinned)
             else:
                 tensor = make(numel, dtype=dtype, device=place, pin_memory=pinned)
+        if buffer.role in self.tensors:
+            self._older[buffer.role].append(self.tensors[buffer.role])
         self.tensors[buffer.role] = tensor
         self._meter(buffer, alive=True)
-        if buffer.role == "full_grads":
+        if buffer.role == "full_grads" and self._is_adopted:
             self._point_grads(tensor)
         return tensor
 
     def _dtype_of(self, buffer: Buffer) -> torch.dtype:
         if buffer.role in MESSAGE_ROLES:
             return torch.uint8
-        if buffer.role in _SUM_ROLES or buffer.category in ("master_params", "optimizer_state", "temporaries"):
+        if buffer.role in _SUM_ROLES or buffer.category == "temporaries":
             return torch.float32
+        if buffer.category in self._step_dtypes:
+            return self._step_dtypes[buffer.category]
         return self.grad_dtype if buffer.category in ("grads", "reduce_buckets") else self.dtype
 
     def free(self, buffer: Buffer) -> None:
-        """Give ``buffer``'s bytes back."""
+        """Give ``buffer``'s bytes back; of several in its role, the oldest's."""
+        if self._older[buffer.role]:
+            self._release(self._older[buffer.role].popleft())
+            return
         del self._alive[buffer.role]
         self._meter(buffer, alive=False)
         if buffer.role == "full_params":
@@ -90,16 +107,29 @@ class GroupStorage:
                 param.grad = None
         del self.tensors[buffer.role]
 
+    def oldest(self, role: str) -> Tensor:
+        """Of the buffers in a role the one that goes first."""
+        return self._older[role][0] if self._older[role] else self.tensors[role]
+
     def _meter(self, buffer: Buffer, alive: bool) -> None:
-        ledger = current_ledger()
-        if ledger is not None:
-            storage = self.tensors[buffer.role].untyped_storage()
-            ledger.hold(storage._cdata, buffer, storage) if alive else ledger.release(storage._cdata)
+        tensor = self.tensors[buffer.role]
+        self._hold(tensor, buffer) if alive else self._release(tensor)
+
+    def _hold(self, tensor: Tensor, buffer: Buffer) -> None:
+        if (ledger := current_ledger()) is not None:
+            storage = tensor.untyped_storage()
+            ledger.hold(storage._cdata, buffer, storage)
+
+    def _release(self, tensor: Tensor) -> None:
+        if (ledger := current_ledger()) is not None:
+            ledger.release(tensor.untyped_storage()._cdata)
 
     def meter_all(self) -> None:
         """Report every buffer that is alive now (a ledger that starts later than the engine)."""
         for buffer in self._alive.values():
             self._meter(buffer, alive=True)
+            for tensor in self._older[buffer.role]:
+                self._hold(tensor, buffer)
 
     # ---- filling --------------------------------------------------------------------------------------------------
 
@@ -128,6 +158,7 @@ class GroupStorage:
                 param.grad_dtype = None  # any: autograd then adds its low-precision gradient to ours in place
         if kept is not None:
             full.untyped_storage().resize_(0)
+        self._is_adopted = True
 
     def _point_grads(self, flat: Tensor) -> None:
         for slot, param in zip(self.slots, self.params, strict=True):
@@ -160,7 +191,7 @@ class GroupStorage:
     @property
     def reduced_grads(self) -> Tensor:
         """This rank's gradients after reduction, on the device."""
-        shard = self.tensors.get("grad_shard")
+        shard = self.tensors.get("server_sum", self.tensors.get("grad_shard"))
         return self.own_full_grads if shard is None else shard
 
     @property
@@ -186,7 +217,7 @@ class GroupStorage:
 
     @property
     def master(self) -> Tensor:
-        """fp32 parameters that the optimizer steps; the model's own where those are fp32 and in the same place."""
+        """Parameters that the optimizer steps; the model's own where those have the masters' dtype and place."""
         master = self.tensors.get("master")
         return self.step_params if master is None else master
 

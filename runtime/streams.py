@@ -13,7 +13,7 @@ from runtime.parts import timed_event
 
 
 class SideStreams:
-    """``gather``, ``reduce``, ``h2d`` and ``d2h`` beside the compute stream.
+    """``gather``, ``reduce``, ``h2d``, ``d2h``, ``send`` and ``recv`` beside the compute stream.
 
     On the CPU (and on ``meta``) copies are done when ``copy`` returns and collectives run in gloo's own threads.
     """
@@ -21,7 +21,7 @@ class SideStreams:
     def __init__(self, device: torch.device, cuda: Any = None) -> None:
         """``cuda`` stands in for ``torch.cuda`` in tests."""
         self._cuda = (cuda or torch.cuda) if device.type == "cuda" else None
-        names = ("gather", "reduce", "h2d", "d2h") if self._cuda else ()
+        names = ("gather", "reduce", "h2d", "d2h", "send", "recv") if self._cuda else ()
         self._streams = {name: self._cuda.Stream(device) for name in names}  # type: ignore[union-attr]
         self._copies: list[tuple[str, Any, Any]] = []
         """Direction, start and end of every copy since ``start_step``: events, or the host's seconds."""

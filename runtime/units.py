@@ -33,6 +33,8 @@ def find_units(model: nn.Module) -> list[LiveUnit]:
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList | nn.Sequential):
             modules += [(f"{name}.{i}", part) for i, part in enumerate(child)]
+        elif isinstance(child, nn.ModuleDict):
+            modules += [(f"{name}.{key}", part) for key, part in child.items()]
         else:
             modules.append((name, child))
     own = [name for name, _ in model.named_parameters(recurse=False)]
@@ -49,7 +51,18 @@ def find_units(model: nn.Module) -> list[LiveUnit]:
                 borrows.append(owner[param])
                 continue
             owner[param] = len(units)
-            mine.append(Param(param_name, tuple(param.shape), param.requires_grad))
+            split = getattr(param, "part", None)
+            is_shared = f"{name}.{param_name}" in getattr(model, "shared_params", ())
+            mine.append(
+                Param(
+                    param_name,
+                    tuple(param.shape),
+                    param.requires_grad,
+                    split,
+                    is_shared,
+                    getattr(param, "sparse_rows", 0),
+                )
+            )
             params.append(param)
         if not mine and not borrows:
             continue

@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub[name].set_defaults(command=function)
     sub["measure"].add_argument("--case", type=Path, nargs="+", required=True, help="JSON files, one case each")
+    sub["measure"].add_argument(
+        "--nvme-folder", metavar="DIR", help="for the files of cases with offload optimizer:nvme that name no folder"
+    )
     sub["compare"].add_argument(
         "--records",
         type=Path,
@@ -96,6 +99,12 @@ def _add_campaign(commands: Any) -> None:
     sub.add_argument("--budget-s", type=float, default=540.0, help="seconds in which to finish (default: 540)")
     sub.add_argument("--profile", type=Path, help="hardware profile of this machine; what gpu = 'cpu' needs")
     sub.add_argument("--gpu", help="catalogue name of this machine's GPU, where it cannot be told")
+    sub.add_argument(
+        "--nvme-folder",
+        type=Path,
+        metavar="DIR",
+        help="for the files of jobs with offload optimizer:nvme (default: OUT/nvme)",
+    )
     sub.add_argument("--dry-run", action="store_true", help="only print the cases in their order, as JSON")
     sub.set_defaults(command=_campaign)
 
@@ -149,6 +158,7 @@ def _campaign(args: argparse.Namespace) -> int:
         free_host_bytes=available_memory_bytes(),
         local_gpu=local.gpu if local else None,
         local_host=local.host if local else None,
+        nvme_folder=str(args.nvme_folder or args.out / "nvme"),
     )
     plan = expand(suite, place)
     if device is None and not args.dry_run:
@@ -209,7 +219,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    outcomes = measure_many([read_case(path) for path in args.case], Store(args.store), _tell)
+    outcomes = measure_many([read_case(path, args.nvme_folder) for path in args.case], Store(args.store), _tell)
     _write([_outcome(o) for o in outcomes])
     return 1 if any(o.status == "failed" for o in outcomes) else 0
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "measure": "Run a training step on this machine and hold it against its forecast.",
     "calibrate": "Measure this machine into a hardware profile.",
     "compare": "Hold recorded runs against their forecasts; fail when they drift.",
+    "accuracy": "Hold forecasts against training runs that others published.",
     "check": "Hold new runs against a baseline; fail when a metric regressed.",
     "runs": "List, show, export, import or delete recorded runs.",
     "dashboard": "Open the dashboard in a browser.",

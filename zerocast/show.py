@@ -92,6 +92,10 @@ def job_title(job: Job) -> str:
         job.model.name, f"{c.n_gpus} x {c.gpu.name}", f"ZeRO-{s.zero_stage}", s.dtype, f"seq {w.seq_len}",
         f"micro-batch {w.micro_batch_size}", f"global batch {w.global_batch_size}",
     ]  # fmt: skip
+    if s.pp > 1:
+        parts.append(f"pp {s.pp} {s.pp_schedule}" + (f" x {s.virtual_pp}" if s.virtual_pp > 1 else ""))
+    if s.has_servers:
+        parts.append(f"parameter servers {s.n_servers}" + (f", staleness {s.staleness}" if s.staleness else ""))
     if s.offload != "none":
         parts.append(f"offload {s.offload_words}")
     if s.recompute != "none":

@@ -8,7 +8,7 @@ import math
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -125,8 +125,10 @@ def typed(field: str, value: Any, hint: Any) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise refuse(field, value, "a list of texts")
-        return tuple(text(field, item) for item in value)
+            raise refuse(field, value, "a list of whole numbers" if get_args(hint)[0] is int else "a list of texts")
+        return tuple(typed(field, item, get_args(hint)[0]) for item in value)
+    if is_dataclass(hint):
+        return build(hint, field, value)  # type: ignore[arg-type]  # an instance is none of the hints
     assert origin is not None and issubclass(origin, Mapping), f"no reader for {hint}"
     return {key: number(f"{field}.{key}", item) for key, item in table(field, value).items()}
 

@@ -58,7 +58,8 @@ def job_to_dict(job: Job) -> dict[str, Any]:
     data = asdict(job)
     data["cluster"]["gpu"]["unsourced"] = list(job.cluster.gpu.unsourced)
     data["cluster"]["unsourced"] = list(job.cluster.unsourced)
-    data["strategy"]["kernels_off"] = list(job.strategy.kernels_off)
+    for name in ("kernels_off", "pp_layers"):
+        data["strategy"][name] = list(data["strategy"][name])
     return data
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.errors import InputError, invalid, require_int
+from estimator.job.sparse import check_sparse
 
 if TYPE_CHECKING:
     from estimator.job.strategy import Strategy
@@ -40,6 +41,23 @@ def check_groups(s: Strategy) -> None:
             f"grad_compression is {s.grad_compression!r} with zero {s.zero_stage}, shard_size {s.shard_size} and dtype {s.dtype}; "
             "allowed: zero 0 or 1 without shard_size, dtype bf16 or fp32 (what is lost would outlive a change of fp16's loss scale)"
         )
+    _check_warmup(s)
+    check_sparse(s)
+
+
+def _check_warmup(s: Strategy) -> None:
+    if not require_int("compression_warmup_steps", s.compression_warmup_steps, minimum=0):
+        return
+    if s.grad_compression != "one_bit" or s.delayed_update or s.offload_nvme:
+        raise InputError(
+            f"compression_warmup_steps is {s.compression_warmup_steps} with grad_compression {s.grad_compression!r}, offload "
+            f"{s.offload!r} and delayed_update {s.delayed_update}; allowed: 0, or with grad_compression 'one_bit', not in files, not delayed"
+        )
+    if s.compresses_momentum and s.grad_clip:
+        raise InputError(
+            f"grad_clip is {s.grad_clip} with compression_warmup_steps {s.compression_warmup_steps} and zero 0; allowed: 0, as after the "
+            "warm-up momentum is exchanged and no gradients' norm is known"
+        )
 
 
 def check_ranks(s: Strategy, dp: int) -> None:
@@ -48,6 +66,10 @@ def check_ranks(s: Strategy, dp: int) -> None:
         raise InputError(f"shard_size is {s.shard_size}; allowed: a divisor of the {dp} data-parallel GPUs")
     if s.quantized_grads and dp % s.quantized_grads:
         raise InputError(f"quantized_grads is {s.quantized_grads}; allowed: a divisor of the {dp} data-parallel GPUs")
+    if dp % s.ep:
+        raise InputError(f"ep is {s.ep}; allowed: a divisor of the {dp} data-parallel GPUs")
+    if s.has_servers and s.n_servers > dp:
+        raise InputError(f"n_servers is {s.n_servers}; allowed: at most {dp}, the data-parallel GPUs")
     sharing = s.shard_size or dp
     if s.secondary_shard and sharing % s.secondary_shard:
         raise InputError(

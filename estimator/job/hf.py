@@ -7,7 +7,6 @@ nor cost (dropout, token ids, cache, storage dtype, quantisation of the stored w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,17 @@ from typing import Any
 from estimator.errors import InputError
 from estimator.job.fields import read_file, shown, table
 from estimator.job.hf_config import Config
-from estimator.job.hf_families import FAMILIES
+from estimator.job.hf_encoders import ENCODER_FAMILIES
+from estimator.job.hf_experts import EXPERT_FAMILIES
+from estimator.job.hf_families import FAMILIES as DENSE_FAMILIES
+from estimator.job.hf_families import Family
 from estimator.job.hf_refusals import refusal_of
 from estimator.job.model import ModelSpec
 
-CAUSAL_HEADS = re.compile(r"(ForCausalLM|LMHeadModel)$")
+FAMILIES = DENSE_FAMILIES | EXPERT_FAMILIES | ENCODER_FAMILIES
+"""Accepted values of ``model_type``."""
+_WHOLE = {"ForMaskedLM": "encoder", "ForConditionalGeneration": "encoder-decoder"}
+"""What has a head, where that is no decoder."""
 
 
 def load_config(path: str | Path) -> ModelSpec:
@@ -49,7 +54,7 @@ def spec_from_config(config: Mapping[str, Any], name: str | None = None) -> Mode
     reader = Config(data, model_type, ignored=family.ignored)
     reader.refuse_extras()
     shape = family.read(reader)
-    _check_architecture(model_type, family.prefix, data, tied=shape["tied_embeddings"])
+    _check_architecture(model_type, family, data, tied=shape["tied_embeddings"])
     try:
         return ModelSpec(name=" ".join((name or model_type).split())[:100], family=model_type, **shape)
     except InputError as error:
@@ -64,7 +69,7 @@ def _model_type(data: Mapping[str, Any]) -> str:
     if value is None:
         named = _architecture(data)
         for model_type, family in FAMILIES.items():
-            if named is not None and CAUSAL_HEADS.sub("", named).casefold() == family.prefix.casefold():
+            if named is not None and _stem(named, family).casefold() == family.prefix.casefold():
                 return model_type
         if named is not None:
             raise InputError(refusal_of(named, data, FAMILIES))
@@ -82,17 +87,23 @@ def _architecture(data: Mapping[str, Any]) -> str | None:
     return str(named[0])
 
 
-def _check_architecture(model_type: str, prefix: str, data: Mapping[str, Any], tied: bool) -> None:
-    """Refuses a class whose head is not the language model's, or one of another family."""
+def _stem(named: str, family: Family) -> str:
+    """The class name ``named`` without the head that ``family`` has."""
+    return next((named.removesuffix(head) for head in family.heads if named.endswith(head)), named)
+
+
+def _check_architecture(model_type: str, family: Family, data: Mapping[str, Any], tied: bool) -> None:
+    """Refuses a class whose head is not the one that is trained, or one of another family."""
     named = _architecture(data)
     if named is None:
         return
-    stem = CAUSAL_HEADS.sub("", named)
+    stem, prefix = _stem(named, family), family.prefix
     if stem.casefold() == prefix.casefold() and stem != named:
         return
-    if tied and named.casefold() == f"{prefix}Model".casefold():  # the tied head adds no parameters
+    if family.head_is_bare and tied and named.casefold() == f"{prefix}Model".casefold():
         return
+    head = "LMHeadModel" if model_type == "gpt2" else family.heads[0]
     raise InputError(
         f"config.architectures names {shown(named)} with model_type {model_type!r}; "
-        f"allowed: {prefix}{'LMHeadModel' if model_type == 'gpt2' else 'ForCausalLM'}, the decoder with its language-model head"
+        f"allowed: {prefix}{head}, the {_WHOLE.get(head, 'decoder')} with its language-model head"
     )

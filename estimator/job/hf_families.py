@@ -23,13 +23,17 @@ class Family(NamedTuple):
     prefix: str
     read: Callable[[Config], Shape]
     ignored: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("ForCausalLM", "LMHeadModel")
+    """What ends its class names where they have the head that is trained."""
+    head_is_bare: bool = True
+    """A tied head has no parameters of its own, so that the class without it (``...Model``) has as many."""
 
 
-def _biases(qkv: bool, out: bool, mlp: bool) -> Shape:
+def biases(qkv: bool, out: bool, mlp: bool) -> Shape:
     return {"qkv_bias": qkv, "attn_out_bias": out, "mlp_bias": mlp}
 
 
-def _rotary(
+def rotary(
     c: Config, *, head_dim: int | None = None, kv_heads: bool = False, tied: bool = False, theta: float = 10000.0,
     fraction: float = 1.0, activation: tuple[str, str] = ("hidden_act", "silu"),
 ) -> Shape:  # fmt: skip
@@ -78,7 +82,7 @@ def _gpt(c: Config, n_layers: int, d_model: int, n_heads: int, d_ff: int) -> Sha
         "activation": "gelu_tanh",
         "gated_mlp": False,
         "tied_embeddings": c.flag("tie_word_embeddings", default=True),
-        **_biases(True, True, True),
+        **biases(True, True, True),
     }
 
 
@@ -111,7 +115,7 @@ def _opt(c: Config) -> Shape:
     positions = c.size("max_position_embeddings")
     return {
         **_gpt(c, c.layers("num_hidden_layers"), d_model, n_heads, c.size("ffn_dim")),
-        **_biases(bias, bias, bias),
+        **biases(bias, bias, bias),
         "max_positions": positions,
         "positions": "learned",
         "position_rows": positions + 2,  # OPTLearnedPositionalEmbedding shifts every position by two
@@ -141,7 +145,7 @@ def _gpt_neox(c: Config) -> Shape:
     bias = c.flag("attention_bias", default=True)
     return {
         **_gpt(c, c.layers("num_hidden_layers"), d_model, n_heads, c.size("intermediate_size")),
-        **_biases(bias, bias, True),
+        **biases(bias, bias, True),
         "max_positions": c.size("max_position_embeddings"),
         "positions": "rotary",
         "rotary_fraction": c.rotary_fraction(0.25),
@@ -190,7 +194,7 @@ def _mpt(c: Config) -> Shape:
         kind = "learned" if c.flag("learned_pos_emb", default=True) else "none"
     return {
         **_gpt(c, c.layers("n_layers", "num_hidden_layers"), d_model, n_heads, int(ratio * d_model)),
-        **_biases(bias, bias, bias),
+        **biases(bias, bias, bias),
         "head_dim": head_dim,
         "max_positions": positions,
         "positions": kind,
@@ -204,11 +208,11 @@ def _mpt(c: Config) -> Shape:
 
 def _llama(c: Config) -> Shape:
     bias = c.flag("attention_bias", default=False)
-    return {**_rotary(c), **_biases(bias, bias, c.flag("mlp_bias", default=False))}
+    return {**rotary(c), **biases(bias, bias, c.flag("mlp_bias", default=False))}
 
 
 def _mistral(c: Config) -> Shape:
-    shape = _rotary(c, kv_heads=True)
+    shape = rotary(c, kv_heads=True)
     # layer_types is not looked at: transformers' Mistral applies its window to every layer
     plain = Config({"sliding_window": c.data.get("sliding_window", 4096)}, c.model_type)
     return {**shape, "sliding_window": plain.window(shape["n_layers"])[0]}
@@ -232,23 +236,23 @@ def _qwen_window(c: Config, n_layers: int) -> Shape:
 
 
 def _qwen2(c: Config) -> Shape:
-    shape = _rotary(c, kv_heads=True)
-    return {**shape, **_biases(True, False, False), **_qwen_window(c, shape["n_layers"])}
+    shape = rotary(c, kv_heads=True)
+    return {**shape, **biases(True, False, False), **_qwen_window(c, shape["n_layers"])}
 
 
 def _qwen3(c: Config) -> Shape:
-    shape = _rotary(c, kv_heads=True, head_dim=128)
+    shape = rotary(c, kv_heads=True, head_dim=128)
     bias = c.flag("attention_bias", default=False)
-    return {**shape, **_biases(bias, bias, False), **_qwen_window(c, shape["n_layers"]), "qk_norm": True}
+    return {**shape, **biases(bias, bias, False), **_qwen_window(c, shape["n_layers"]), "qk_norm": True}
 
 
 def _gemma(c: Config) -> Shape:
     # "gelu" in the first Gemma's files means the tanh approximation (transformers issue 29402)
     bias = c.flag("attention_bias", default=False)
     key = "hidden_activation" if c.data.get("hidden_activation") is not None else "hidden_act"
-    shape = _rotary(c, kv_heads=True, head_dim=256, tied=True, activation=(key, "gelu_tanh"))
+    shape = rotary(c, kv_heads=True, head_dim=256, tied=True, activation=(key, "gelu_tanh"))
     activation = "gelu_tanh" if shape["activation"] == "gelu" else shape["activation"]
-    return {**shape, **_biases(bias, bias, False), "activation": activation}
+    return {**shape, **biases(bias, bias, False), "activation": activation}
 
 
 def _gemma2(c: Config) -> Shape:
@@ -262,7 +266,7 @@ def _gemma3(c: Config) -> Shape:
 
 def _gemma_windowed(c: Config, every: int, theta: float) -> Shape:
     bias = c.flag("attention_bias", default=False)
-    shape = _rotary(
+    shape = rotary(
         c, kv_heads=True, head_dim=256, tied=True, theta=theta, activation=("hidden_activation", "gelu_tanh")
     )
     if c.flag("use_bidirectional_attention", default=False):
@@ -270,7 +274,7 @@ def _gemma_windowed(c: Config, every: int, theta: float) -> Shape:
     window, every = c.window(shape["n_layers"], default=4096, every=every)
     return {
         **shape,
-        **_biases(bias, bias, False),
+        **biases(bias, bias, False),
         "sandwich_norms": True,
         "sliding_window": window,
         "global_every": every,
@@ -278,7 +282,7 @@ def _gemma_windowed(c: Config, every: int, theta: float) -> Shape:
 
 
 def _phi3(c: Config) -> Shape:
-    shape = _rotary(c)
+    shape = rotary(c)
     return {
         **shape,
         "norm_eps": c.number("rms_norm_eps", default=1e-5),
@@ -288,11 +292,11 @@ def _phi3(c: Config) -> Shape:
 
 def _starcoder2(c: Config) -> Shape:
     bias = c.flag("use_bias", default=True)
-    shape = _rotary(c, kv_heads=True, tied=True, activation=("hidden_act", "gelu_tanh"))
+    shape = rotary(c, kv_heads=True, tied=True, activation=("hidden_act", "gelu_tanh"))
     window, every = c.window(shape["n_layers"])
     return {
         **shape,
-        **_biases(bias, bias, bias),
+        **biases(bias, bias, bias),
         "norm": "layernorm",
         "norm_bias": True,
         "norm_eps": c.number("norm_epsilon", default=1e-5),
@@ -308,8 +312,8 @@ def _stablelm(c: Config) -> Shape:
             "config.use_parallel_residual is True; StableLM then has one shared norm, which is not forecast yet"
         )
     return {
-        **_rotary(c, kv_heads=True, fraction=0.25),
-        **_biases(c.flag("use_qkv_bias", default=False), False, False),
+        **rotary(c, kv_heads=True, fraction=0.25),
+        **biases(c.flag("use_qkv_bias", default=False), False, False),
         "norm": "layernorm",
         "norm_bias": True,
         "norm_eps": c.number("layer_norm_eps", default=1e-5),
@@ -317,8 +321,8 @@ def _stablelm(c: Config) -> Shape:
 
 
 def _glm(c: Config) -> Shape:
-    shape = _rotary(c, kv_heads=True, head_dim=128, fraction=0.5)
-    return {**shape, **_biases(c.flag("attention_bias", default=True), False, False)}
+    shape = rotary(c, kv_heads=True, head_dim=128, fraction=0.5)
+    return {**shape, **biases(c.flag("attention_bias", default=True), False, False)}
 
 
 def _glm4(c: Config) -> Shape:
@@ -327,19 +331,19 @@ def _glm4(c: Config) -> Shape:
 
 def _seed_oss(c: Config) -> Shape:
     qkv, out = c.flag("attention_bias", default=True), c.flag("attention_out_bias", default=False)
-    return {**_rotary(c, kv_heads=True, head_dim=128), **_biases(qkv, out, c.flag("mlp_bias", default=False))}
+    return {**rotary(c, kv_heads=True, head_dim=128), **biases(qkv, out, c.flag("mlp_bias", default=False))}
 
 
 def _ernie(c: Config) -> Shape:
     bias = c.flag("use_bias", default=False)
-    shape = _rotary(c, kv_heads=True, head_dim=128, tied=True, theta=500000.0)
-    return {**shape, **_biases(bias, bias, bias), "norm_eps": c.number("rms_norm_eps", default=1e-5)}
+    shape = rotary(c, kv_heads=True, head_dim=128, tied=True, theta=500000.0)
+    return {**shape, **biases(bias, bias, bias), "norm_eps": c.number("rms_norm_eps", default=1e-5)}
 
 
 def _hunyuan(c: Config) -> Shape:
     bias = c.flag("attention_bias", default=False)
-    shape = _rotary(c)
-    return {**shape, **_biases(bias, bias, False), "qk_norm": True, "norm_eps": c.number("rms_norm_eps", default=1e-5)}
+    shape = rotary(c)
+    return {**shape, **biases(bias, bias, False), "qk_norm": True, "norm_eps": c.number("rms_norm_eps", default=1e-5)}
 
 
 FAMILIES: dict[str, Family] = {
@@ -366,4 +370,4 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family("StableLm", _stablelm),
     "starcoder2": Family("Starcoder2", _starcoder2),
 }
-"""Accepted values of ``model_type``."""
+"""Families with dense MLPs, by ``model_type``."""

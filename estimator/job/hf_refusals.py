@@ -8,11 +8,11 @@ from typing import Any
 from estimator.job.fields import nearest, shown
 
 KINDS = {
-    "is a mixture of experts": """mixtral qwen2_moe qwen3_moe qwen3_next deepseek deepseek_v2 deepseek_v3 gpt_oss olmoe
-        dbrx phimoe granitemoe llama4 llama4_text grok-1 arctic ernie4_5_moe glm4_moe minimax""",
-    "is an encoder-decoder": """t5 mt5 umt5 longt5 t5gemma bart mbart pegasus marian m2m_100 blenderbot fsmt led
+    "is a mixture of experts": """qwen3_next olmoe dbrx phimoe granitemoe llama4 llama4_text grok-1 arctic ernie4_5_moe glm4_moe
+        minimax""",
+    "is an encoder-decoder": """mt5 umt5 longt5 t5gemma mbart pegasus marian m2m_100 blenderbot fsmt led
         prophetnet whisper switch_transformers""",
-    "is an encoder without a causal decoder": """bert roberta distilbert albert electra deberta deberta-v2 xlm-roberta
+    "is an encoder without a causal decoder": """albert electra deberta deberta-v2 xlm-roberta
         modernbert mpnet esm camembert ernie""",
     "has a vision tower": """vit deit swin swinv2 beit convnext resnet clip siglip dinov2 dinov3_vit detr sam segformer
         mllama llava llava_next paligemma gemma3 qwen2_vl qwen2_5_vl qwen3_vl idefics idefics2 idefics3 smolvlm blip

@@ -9,8 +9,15 @@ from typing import Any
 
 from estimator.errors import InputError
 from estimator.job.cluster import Cluster
+from estimator.job.context import check_context
+from estimator.job.encoder import check_encoder_strategy
+from estimator.job.experts import check_expert_strategy
 from estimator.job.grouping import check_ranks
+from estimator.job.mesh import Mesh
 from estimator.job.model import ModelSpec
+from estimator.job.parallel import check_tensor
+from estimator.job.pipeline import check_stages
+from estimator.job.sparse import check_sparse_model
 from estimator.job.strategy import Strategy
 from estimator.job.workload import Workload
 
@@ -19,6 +26,13 @@ _IN_FIRST_RECORDS = frozenset(
      "grad_clip")
 )  # fmt: skip
 """Fields of ``Strategy`` that every key holds; a younger one is held where it is not at its default, so that keys stay."""
+_MODEL_IN_FIRST_RECORDS = frozenset(
+    ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_positions", "positions",
+     "position_rows", "rotary_fraction", "rope_theta", "norm", "norm_bias", "norm_eps", "activation", "gated_mlp",
+     "qkv_bias", "attn_out_bias", "mlp_bias", "head_bias", "qk_norm", "sandwich_norms", "parallel_residual",
+     "embedding_norm", "embed_dim", "final_norm", "pre_norm", "tied_embeddings", "sliding_window", "global_every")
+)  # fmt: skip
+"""The same of ``ModelSpec``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +53,12 @@ class Job:
             raise InputError(
                 f"tp * pp * cp is {s.tp} * {s.pp} * {s.cp} = {s.model_parallel}; allowed: a divisor of gpus = {n_gpus}"
             )
-        for axis, word in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
-            if getattr(s, axis) > 1:
-                raise InputError(f"{axis} is {getattr(s, axis)}; {word} parallelism is not forecast yet, allowed: 1")
-        check_ranks(s, self.dp)
+        check_encoder_strategy(self.model, s)
+        check_expert_strategy(self.model, s)
+        check_tensor(self.model, w, s)
+        check_context(self.model, w, s, self.cluster)
+        check_sparse_model(self.model, s)
+        check_ranks(s, self.mesh.n_data)
         per_pass = w.micro_batch_size * self.dp
         if w.global_batch_size % per_pass:
             near = max(per_pass, round(w.global_batch_size / per_pass) * per_pass)
@@ -50,6 +66,7 @@ class Job:
                 f"global_batch is {w.global_batch_size}; allowed: a multiple of micro_batch * data-parallel GPUs = "
                 f"{w.micro_batch_size} * {self.dp} = {per_pass}, the nearest is {near}"
             )
+        check_stages(self.model, s, self.n_micro_batches)
         if self.model.positions == "learned" and w.seq_len > self.model.max_positions:
             raise InputError(
                 f"seq_len is {w.seq_len}; allowed: at most {self.model.max_positions}, "
@@ -58,13 +75,19 @@ class Job:
 
     @property
     def dp(self) -> int:
-        """GPUs over which the batch is spread and ZeRO shards."""
+        """GPUs over which the batch is spread."""
         return self.cluster.n_gpus // self.strategy.model_parallel
+
+    @property
+    def mesh(self) -> Mesh:
+        """Its ranks along the parallel axes."""
+        s = self.strategy
+        return Mesh(tp=s.tp, cp=s.cp, dp=self.dp, pp=s.pp)
 
     @property
     def zero_stage(self) -> int:
         """The stage in effect: 0 when one data-parallel GPU leaves nothing to shard."""
-        return self.strategy.zero_stage if self.dp > 1 else 0
+        return self.strategy.zero_stage if self.mesh.n_data > 1 else 0
 
     @property
     def n_micro_batches(self) -> int:
@@ -74,7 +97,7 @@ class Job:
     @property
     def tokens_per_micro_batch(self) -> int:
         """Tokens of one GPU in one pass."""
-        return self.workload.micro_batch_size * self.workload.seq_len
+        return self.workload.micro_batch_size * self.workload.seq_len // self.strategy.cp
 
     @property
     def key(self) -> str:
@@ -82,18 +105,29 @@ class Job:
 
         Holds what decides the step (model shape, workload, strategy, GPU, sizes), not where figures came from.
         """
-        model = {k: v for k, v in asdict(self.model).items() if k not in ("name", "family")}
+        model = first_choices(self.model) | young_choices(self.model)
         cluster = {
             "gpu": self.cluster.gpu.name,
             "n_gpus": self.cluster.n_gpus,
             "gpus_per_node": self.cluster.gpus_per_node,
         }
-        strategy = {name: getattr(self.strategy, name) for name in _IN_FIRST_RECORDS} | young_choices(self.strategy)
+        strategy = first_choices(self.strategy) | young_choices(self.strategy)
         text = json.dumps([model, asdict(self.workload), strategy, cluster], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def young_choices(strategy: Strategy) -> dict[str, Any]:
-    """Fields younger than the first records that are not at their defaults."""
-    young = {f.name: f.default for f in fields(Strategy) if f.name not in _IN_FIRST_RECORDS}
-    return {name: value for name, default in young.items() if (value := getattr(strategy, name)) != default}
+def _in_first_records(part: Strategy | ModelSpec) -> frozenset[str]:
+    return _IN_FIRST_RECORDS if isinstance(part, Strategy) else _MODEL_IN_FIRST_RECORDS
+
+
+def first_choices(part: Strategy | ModelSpec) -> dict[str, Any]:
+    """Fields that the first records have, without names."""
+    return {name: getattr(part, name) for name in _in_first_records(part)}
+
+
+def young_choices(part: Strategy | ModelSpec) -> dict[str, Any]:
+    """Fields younger than the first records that are not at their defaults, nested ones as plain data."""
+    first = _in_first_records(part) | {"name", "family"}
+    young = {f.name: f.default for f in fields(part) if f.name not in first}
+    plain = asdict(part)
+    return {name: plain[name] for name, default in young.items() if getattr(part, name) != default}

@@ -1,4 +1,4 @@
-"""``ModelSpec``: the shape of a decoder-only transformer, independent of any framework."""
+"""``ModelSpec``: the shape of a transformer, independent of any framework."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from estimator.errors import InputError, invalid, require_choice, require_int
+from estimator.job.encoder import Encoder, check_encoder
+from estimator.job.experts import Experts
+from estimator.job.latent import LatentAttention
 
-Positions = Literal["learned", "rotary", "alibi", "none"]
+Positions = Literal["learned", "rotary", "alibi", "none", "relative"]
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One decoder-only transformer. Every field is read from the user's config, none is guessed.
+    """One transformer: a decoder unless it has an ``encoder``. Every field is read from the user's config, none is guessed.
 
     Raises ``InputError`` when a field is out of range or two fields contradict each other.
     """
@@ -70,6 +73,14 @@ class ModelSpec:
     """Attention window in tokens of the windowed layers; 0 means none."""
     global_every: int = 0
     """Every n-th layer attends globally although ``sliding_window`` is set (Gemma 2: 2, Gemma 3: 6); 0: none does."""
+    encoder: Encoder | None = None
+    """Encoder models and encoder-decoders; the fields above are then those of all their blocks."""
+    attn_sinks: bool = False
+    """Each head has a learned logit that takes a share of its attention and gives nothing (GPT-OSS)."""
+    experts: Experts | None = None
+    """A mixture of experts instead of the MLP."""
+    latent: LatentAttention | None = None
+    """Multi-head latent attention; ``head_dim`` is then its queries' and keys', and there is no ``n_kv_heads`` to choose."""
 
     def __post_init__(self) -> None:
         for field in (
@@ -99,6 +110,24 @@ class ModelSpec:
             )
         if self.norm == "rmsnorm" and self.norm_bias:
             raise InputError("model.norm_bias is True with norm = 'rmsnorm'; RMSNorm has no bias")
+        check_encoder(self)
+        if self.experts is not None and not self.gated_mlp:
+            raise InputError("model.gated_mlp is False with experts; experts are gated MLPs")
+        if self.latent is not None:
+            self._check_latent(self.latent)
+
+    def _check_latent(self, latent: LatentAttention) -> None:
+        if self.head_dim != latent.head_dim:
+            raise invalid("model.head_dim", self.head_dim, f"nope_head_dim + rope_head_dim = {latent.head_dim}")
+        if self.n_kv_heads != self.n_heads:
+            raise invalid("model.n_kv_heads", self.n_kv_heads, f"n_heads = {self.n_heads} with latent attention")
+        if self.positions != "rotary" or self.rotary_fraction != 1.0:
+            raise InputError(
+                "model.positions and rotary_fraction are not 'rotary' and 1.0, which latent attention needs"
+            )
+        for field in ("qkv_bias", "qk_norm", "attn_sinks"):
+            if getattr(self, field):
+                raise InputError(f"model.{field} is True with latent attention, which is described without")
 
     @property
     def d_attn(self) -> int:
@@ -113,7 +142,18 @@ class ModelSpec:
     @property
     def rotary_dim(self) -> int:
         """Rotated channels of one head; 0 when positions are not rotary."""
+        if self.latent is not None:
+            return self.latent.rope_head_dim
         return int(self.head_dim * self.rotary_fraction) if self.positions == "rotary" else 0
+
+    def table_numel(self, seq_len: int) -> int:
+        """Numbers beside the parameters: cosines and sines for ``seq_len`` places, biases for choosing experts."""
+        biased = [e.n_experts for e in map(self.experts_of, range(self.n_layers)) if e is not None and e.selection_bias]
+        return 2 * seq_len * (self.rotary_dim // 2) + sum(biased)
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """The mixture of experts that ``layer`` (0-based) has instead of the dense MLP, if it has one."""
+        return self.experts if self.experts is not None and self.experts.in_layer(layer) else None
 
     def window_of(self, layer: int) -> int:
         """Attention window of ``layer`` (0-based) in tokens; 0 when it attends globally."""

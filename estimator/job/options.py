@@ -13,6 +13,7 @@ from estimator.job.fields import hints_of, shown, typed, whole
 from estimator.job.hf import load_config
 from estimator.job.job import Job
 from estimator.job.model import ModelSpec
+from estimator.job.pipeline import stage_sizes
 from estimator.job.strategy import Strategy
 from estimator.job.workload import Workload
 from estimator.units import MIB
@@ -40,18 +41,40 @@ class JobOptions:
     """Part of the optimizer that the host steps, with offload ``optimizer``."""
     delayed_update: bool = False
     recompute: str = "none"
+    recompute_every: int = 1
+    """Every k-th block recomputes."""
+    activation_offload: bool = False
+    """Inputs of blocks that recompute wait in host memory."""
     dtype: str = "bf16"
     grad_dtype: str = "model"
+    master_dtype: str = "fp32"
+    state_dtype: str = "fp32"
     shard_size: int = 0
     """Data-parallel GPUs that share one sharded copy; 0: all of them."""
     quantized_weights: bool = False
     secondary_shard: int = 0
     quantized_grads: int = 0
     grad_compression: str = "none"
+    compression_warmup_steps: int = 0
+    sparse_embeddings: bool = False
     tp: int = 1
+    sequence_parallel: bool = True
+    """With tensor parallelism."""
     pp: int = 1
+    pp_schedule: str = "1f1b"
+    virtual_pp: int = 1
+    pp_layers: str = ""
+    """Blocks of each pipeline stage, separated by commas; empty: divided evenly."""
     cp: int = 1
+    cp_kind: str = "ulysses"
+    """With context parallelism."""
     ep: int = 1
+    expert_imbalance: float = 1.0
+    """With expert parallelism: the most loaded GPU's rows over the mean."""
+    sync: str = "allreduce"
+    n_servers: int = 1
+    """GPUs that are parameter servers too, with sync ``parameter_server``."""
+    staleness: int = 0
     seq_len: int | None = None
     """Default: the model's longest sequence, at most 4096."""
     micro_batch: int = 1
@@ -80,19 +103,34 @@ def build_job(options: JobOptions, *, local_gpu: Gpu | None = None, local_host: 
         offload=o.offload,  # type: ignore[arg-type]  # Strategy checks the choice
         offload_fraction=o.offload_fraction,
         delayed_update=o.delayed_update,
-        recompute=o.recompute,  # type: ignore[arg-type]
+        recompute=o.recompute,
+        recompute_every=o.recompute_every,
+        activation_offload=o.activation_offload,
         dtype=o.dtype,  # type: ignore[arg-type]
         grad_dtype=o.grad_dtype,  # type: ignore[arg-type]
+        master_dtype=o.master_dtype,  # type: ignore[arg-type]
+        state_dtype=o.state_dtype,  # type: ignore[arg-type]
         optimizer=o.optimizer,  # type: ignore[arg-type]
         shard_size=o.shard_size,
         quantized_weights=o.quantized_weights,
         secondary_shard=o.secondary_shard,
         quantized_grads=o.quantized_grads,
         grad_compression=o.grad_compression,  # type: ignore[arg-type]
+        compression_warmup_steps=o.compression_warmup_steps,
+        sparse_embeddings=o.sparse_embeddings,
         tp=o.tp,
+        sequence_parallel=o.sequence_parallel,
         pp=o.pp,
+        pp_schedule=o.pp_schedule,  # type: ignore[arg-type]
+        virtual_pp=o.virtual_pp,
+        pp_layers=stage_sizes(o.pp_layers),
         cp=o.cp,
+        cp_kind=o.cp_kind,  # type: ignore[arg-type]
         ep=o.ep,
+        expert_imbalance=o.expert_imbalance,
+        sync=o.sync,  # type: ignore[arg-type]
+        n_servers=o.n_servers,
+        staleness=o.staleness,
         bucket_bytes=o.bucket_bytes,
         prefetch_depth=o.prefetch_depth,
         persistent_numel=o.persistent_numel,

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from estimator.ops.cost import UnitCost
-from estimator.schedule.events import Alloc, Buffer, Compute, Event, Free, StepProgram
+from estimator.schedule.events import (
+    BOUNDARY_CATEGORY,
+    Alloc,
+    Buffer,
+    Compute,
+    Event,
+    Free,
+    Recv,
+    Section,
+    Sent,
+    StepProgram,
+)
 from estimator.sharding.units import Unit
 
 
@@ -25,6 +38,9 @@ class StepMemory:
     """Live bytes by category at each phase's own peak; ``init`` is what lives from step to step."""
     host_peak_bytes: int
     host_category_peak_bytes: dict[str, int]
+
+
+_PHASES = {"input_grad": "backward", "weight_grad": "backward"}
 
 
 class _Meter:
@@ -51,9 +67,22 @@ def read_memory(
     """Live bytes of ``program`` where the compute of ``units[i]`` costs ``costs[i]``.
 
     ``buffers`` are further device bytes that live all the time (a model's tables). A section that repeats and leaves
-    behind what it found needs one reading; another one needs two, as turns are alike from the second on.
+    behind what it found needs one reading; another one needs two, as turns are alike from the second on, or all where passes
+    of a pipeline pile up activations or take them down.
     """
     return _Reader(units, costs).read(program, buffers)
+
+
+class _Passing(NamedTuple):
+    """What a pass over a chunk does to the device's live bytes, whatever they are before it."""
+
+    peaks: list[tuple[str, str, int, dict[str, int]]]
+    """By phase, its largest total: phase (empty: that before the pass), where, and the change until then in all and by category."""
+    category_peak: list[tuple[str, int]]
+    after: list[tuple[str, int]]
+    phase: str
+    where: str
+    """At its end."""
 
 
 class _Reader:
@@ -61,6 +90,9 @@ class _Reader:
         self.units, self.costs = units, costs
         self.device, self.host = _Meter(), _Meter()
         self.phase, self.where = "init", "start"
+        self.floor = -1
+        self.phase_where: dict[str, str] = {}
+        self._passings: dict[int, _Passing | None] = {}
         self.phase_peak: dict[str, int] = {}
         self.phase_categories: dict[str, dict[str, int]] = {}
         self.at: tuple[str, str] = ("init", "start")
@@ -72,7 +104,11 @@ class _Reader:
                 list(memory.category_peak.items()),
             )
             for cost in costs
-            for memory in (cost.forward_memory, cost.backward_memory)
+            for memory in (
+                cost.forward_memory,
+                cost.backward_memory,
+                *(cost.split[2:] if cost.split is not None else ()),
+            )
         }
 
     def read(self, program: StepProgram, buffers: Iterable[Buffer]) -> StepMemory:
@@ -85,9 +121,10 @@ class _Reader:
             if section.name == "optimizer":
                 self._mark("optimizer", "optimizer step")
             before = dict(self.device.live), dict(self.host.live)
-            self._events(section.events)
-            if section.repeat > 1 and before != (self.device.live, self.host.live):
-                self._events(section.events)
+            self._section(section)
+            alike = before == (self.device.live, self.host.live)
+            for _ in range(0 if alike else section.repeat - 1 if section.passes else min(1, section.repeat - 1)):
+                self._section(section)
         device, host = self.device, self.host
         return StepMemory(
             peak_bytes=device.peak_total,
@@ -109,7 +146,7 @@ class _Reader:
 
     def _look(self, total: int, extra: Sequence[tuple[str, int]]) -> None:
         """Compare the device's ``total`` (``extra`` included) with the largest so far."""
-        if total <= self.phase_peak.get(self.phase, -1):
+        if total <= self.phase_peak.get(self.phase, self.floor):
             return
         device = self.device
         held = dict(device.live)
@@ -117,10 +154,56 @@ class _Reader:
             held[category] = held.get(category, 0) + n_bytes
         self.phase_peak[self.phase] = total
         self.phase_categories[self.phase] = held
+        self.phase_where[self.phase] = self.where
         if total > device.peak_total:
             device.peak_total = total
             device.peak = held
             self.at = (self.phase, self.where)
+
+    def _section(self, section: Section) -> None:
+        """A pipeline's passes, of which many are equal, are each read once and then only added."""
+        if not section.passes:
+            self._events(section.events)
+        for events in section.passes:
+            if id(events) not in self._passings:
+                self._passings[id(events)] = self._passing(events)
+            known = self._passings[id(events)]
+            if known is None:
+                self._events(events)
+            else:
+                self._add(known)
+
+    def _passing(self, events: Sequence[Event]) -> _Passing | None:
+        """``None`` for a pass that changes host memory."""
+        if any(isinstance(e, Alloc | Free) and e.buffer.place != "device" for e in events):
+            return None
+        alone = copy(self)
+        alone.device, alone.phase_peak, alone.phase_categories, alone.phase_where = _Meter(), {}, {}, {}
+        alone.phase = alone.where = ""
+        alone.floor = -(1 << 62)
+        alone._events(events)
+        device = alone.device
+        return _Passing(
+            [(p, alone.phase_where[p], total, alone.phase_categories[p]) for p, total in alone.phase_peak.items()],
+            list(device.category_peak.items()), list(device.live.items()), alone.phase, alone.where,
+        )  # fmt: skip
+
+    def _add(self, known: _Passing) -> None:
+        device = self.device
+        base = device.total
+        before = self.phase, self.where
+        for phase, where, change, held in known.peaks:
+            self.phase, self.where = (phase, where) if phase else before
+            if base + change > self.phase_peak.get(self.phase, self.floor):
+                self._look(base + change, list(held.items()))
+        for category, n_bytes in known.category_peak:
+            value = device.live.get(category, 0) + n_bytes
+            if value > device.category_peak.get(category, 0):
+                device.category_peak[category] = value
+        for category, n_bytes in known.after:
+            device.live[category] = device.live.get(category, 0) + n_bytes
+            device.total += n_bytes
+        self.phase, self.where = (known.phase, known.where) if known.phase else before
 
     def _events(self, events: Sequence[Event]) -> None:
         device, host, look = self.device, self.host, self._look
@@ -137,14 +220,18 @@ class _Reader:
             elif kind is Free:
                 buffer = event.buffer  # type: ignore[union-attr]
                 (device if buffer.place == "device" else host).add(buffer.category, -buffer.n_bytes)
+            elif kind is Recv or kind is Sent:
+                sign = 1 if kind is Recv else -1
+                device.add(BOUNDARY_CATEGORY[event.what], sign * event.n_bytes)  # type: ignore[union-attr]
+                look(device.total, ())
             elif kind is Compute:
                 self._compute(event.unit, event.phase)  # type: ignore[union-attr]
 
     def _compute(self, unit: int, phase: str) -> None:
         cost, device = self.costs[unit], self.device
-        memory = cost.backward_memory if phase == "backward" else cost.forward_memory
+        memory = cost.memory_of(phase)
         peak, peak_total, after, category_peak = self._terms[id(memory)]
-        self.phase, self.where = phase, f"{phase} of {self.units[unit].name}"
+        self.phase, self.where = _PHASES.get(phase, phase), f"{phase} of {self.units[unit].name}"
         self._look(device.total + peak_total, peak)
         for category, n_bytes in category_peak:
             value = device.live.get(category, 0) + n_bytes

@@ -18,6 +18,15 @@ class PassMemory(NamedTuple):
     """Each category's own largest change inside the pass."""
 
 
+class SplitBackward(NamedTuple):
+    """The backward pass of a unit in two: for the gradients of inputs, and later for those of weights."""
+
+    inputs: tuple[Op, ...]
+    weights: tuple[Op, ...]
+    inputs_memory: PassMemory
+    weights_memory: PassMemory
+
+
 class UnitCost(NamedTuple):
     """What the compute of one kind of unit costs. Operators are listed in execution order."""
 
@@ -28,3 +37,14 @@ class UnitCost(NamedTuple):
     """Forward operators that run again at the start of the backward pass."""
     forward_memory: PassMemory
     backward_memory: PassMemory
+    input_bytes: int = 0
+    """Of the tensor that the unit before hands over."""
+    split: SplitBackward | None = None
+    """Where backward is two passes (zero-bubble pipelines)."""
+
+    def memory_of(self, phase: str) -> PassMemory:
+        """Of the pass that ``Compute`` calls ``phase``."""
+        if phase in ("input_grad", "weight_grad"):
+            assert self.split is not None
+            return self.split.inputs_memory if phase == "input_grad" else self.split.weights_memory
+        return self.backward_memory if phase == "backward" else self.forward_memory

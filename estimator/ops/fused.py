@@ -35,6 +35,8 @@ def norm_node(t: Tape, x: Ref, residual: Ref | None, rows: int, width: int, *, r
         param_grad_bytes=n_params * width * w,
         one_grad=True,
         saves_after=True,
+        remakes="norms",
+        remake=norm.cost(call._replace(residual=False))[:1],
     )
 
 
@@ -54,6 +56,7 @@ def activation_node(t: Tape, inputs: tuple[Ref, ...], width: int, name: str, *, 
         backward_temp_bytes=4 * width * n_partial,
         param_grad_bytes=width * t.width if bias else 0,
         saves_after=True,
+        remakes="activation",
     )
 
 
@@ -90,7 +93,7 @@ def linear_cross_entropy_node(
     stride = linear_cross_entropy.logits_stride(vocab_size, w)
     chunk_rows = min(t.rows, linear_cross_entropy.default_chunk_rows(*shape))
     weight_bytes, sums_bytes = vocab_size * width * w, 4 * vocab_size if bias else 0
-    grad_bytes = weight_bytes + (vocab_size * w if bias else 0)
+    bias_bytes = vocab_size * w if bias else 0
     kept = t.tensor(t.rows * width * w + weight_bytes + sums_bytes, _LOSS, grad=False)
     return Node(
         (h,),
@@ -101,8 +104,8 @@ def linear_cross_entropy_node(
         forward_temp_bytes=chunk_rows * stride * w + 4 * t.rows,
         backward_temp_bytes=8 if t.dtype == "fp16" else 0,  # what is left of the gradients' factor
         temp_category=_LOSS,
-        param_grad_bytes=0 if pending else grad_bytes,
-        pending_grad_bytes=grad_bytes if pending else 0,
+        param_grad_bytes=bias_bytes if pending else weight_bytes + bias_bytes,
+        pending_grad_bytes=weight_bytes if pending else 0,
         pending_category=_LOSS,
         kept_grads=_LOSS,
         saves_after=True,

@@ -7,6 +7,8 @@ further formula: the operators of the backward pass, what is kept for it, and th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from estimator.ops import fused
 from estimator.ops.operator import Op
 from estimator.ops.tape import TEMPORARIES, Node, Ref, Tape
@@ -14,6 +16,10 @@ from estimator.ops.tape import TEMPORARIES, Node, Ref, Tape
 
 class Graph(Tape):
     """Operators in plain torch, or as kernels where these work (``estimator.ops.fused``)."""
+
+    def share(self, size: int) -> int:
+        """How many of ``size`` heads, channels or rows of a vocabulary this rank holds."""
+        return size
 
     # ---- operators ------------------------------------------------------------------------------------------------
 
@@ -24,11 +30,11 @@ class Graph(Tape):
         m, w = self.rows, self.width
         out = self.tensor(m * n_out * w, category)
         flops, n_bytes = 2.0 * m * n_in * n_out, (m * n_in + n_in * n_out + m * n_out) * w
-        grad_bytes = (n_in * n_out + (n_out if bias else 0)) * w
+        weight_bytes, bias_bytes = n_in * n_out * w, n_out * w if bias else 0
         backward = [
             Op("linear_dgrad", "matmul", True, self.dtype, flops, n_bytes, (1, m, n_in, n_out)),
             Op("linear_wgrad", "matmul", True, self.dtype, flops, n_bytes, (1, n_out, n_in, m)),
-            self.accumulate_grad(grad_bytes // w),
+            self.accumulate_grad((weight_bytes + bias_bytes) // w),
         ]
         if bias:
             backward.append(self.elementwise("bias_grad", m * n_out * w, m * n_out, True))
@@ -40,15 +46,27 @@ class Graph(Tape):
                 forward=(Op("linear", "matmul", False, self.dtype, flops, n_bytes, (1, m, n_out, n_in)),),
                 backward=tuple(backward),
                 saves=(x,),
-                param_grad_bytes=0 if pending else grad_bytes,
-                pending_grad_bytes=grad_bytes if pending else 0,
+                param_grad_bytes=bias_bytes if pending else weight_bytes + bias_bytes,
+                pending_grad_bytes=weight_bytes if pending else 0,
                 cached=self.n_matmuls % 2 == 1,
             )
         )
 
+    def columns(self, x: Ref, n_in: int, widths: Sequence[int], *, bias: bool) -> tuple[Ref, ...]:
+        """Projections of the residual stream into heads or channels, of which ``widths`` are this rank's."""
+        return tuple(self.linear(x, n_in, n_out, bias=bias) for n_out in widths)
+
+    def row(self, x: Ref, n_in: int, n_out: int, *, bias: bool) -> Ref:
+        """The projection of (this rank's) heads or channels back to the residual stream."""
+        return self.linear(x, n_in, n_out, bias=bias)
+
+    def head_norm(self, x: Ref, head_dim: int, n_heads: int) -> Ref:
+        """RMSNorm of every one of ``n_heads`` (this rank's) heads with one weight."""
+        return self.norm(x, head_dim, rms=True, bias=False, rows=self.rows * n_heads)
+
     def norm(self, x: Ref, width: int, *, rms: bool, bias: bool, rows: int | None = None) -> Ref:
         """LayerNorm (in plain torch one native operator) or RMSNorm over ``width`` elements of ``rows`` rows."""
-        rows = self.rows if rows is None else rows
+        rows = self.stream_rows if rows is None else rows
         name = "rms_norm" if rms else "layer_norm"
         if name in self.kernels:
             return self.record(fused.norm_node(self, x, None, rows, width, rms=rms, bias=bias))
@@ -68,14 +86,15 @@ class Graph(Tape):
                 forward_temp_bytes=6 * n if rms and low else 0,
                 backward_temp_bytes=(6 * n if low else 4 * n) if rms else 0,
                 param_grad_bytes=grad_bytes,
-                saves_after=rms,
+                saves_after=True,  # torch's LayerNorm too: of its statistics
+                remakes="norms",
             )
         )
 
     def add_norm(self, x: Ref, residual: Ref, width: int, *, rms: bool, bias: bool) -> tuple[Ref, Ref]:
         """The norm of ``residual + x`` and that sum: one kernel, or an addition and a norm."""
         if ("rms_norm" if rms else "layer_norm") in self.kernels:
-            node = fused.norm_node(self, x, residual, self.rows, width, rms=rms, bias=bias)
+            node = fused.norm_node(self, x, residual, self.stream_rows, width, rms=rms, bias=bias)
             return self.record(node), node.outputs[1]
         with self.call(x, residual):
             total = self.add(residual, x, width)
@@ -110,26 +129,30 @@ class Graph(Tape):
         )
 
     def attention(
-        self, q: Ref, k: Ref, v: Ref, *, batch: int, n_heads: int, n_kv_heads: int, head_dim: int, window: int
-    ) -> Ref:
-        """Causal attention by a flash kernel (Dao 2023): keeps q, k, v, its output and one fp32 per row and head.
+        self, q: Ref, k: Ref, v: Ref, *, batch: int, n_heads: int, n_kv_heads: int, head_dim: int, window: int = 0,
+        causal: bool = True, useful: float = 1.0, rows: int = 0,
+    ) -> Ref:  # fmt: skip
+        """Attention by a flash kernel (Dao 2023): keeps q, k, v, its output and one fp32 per row and head.
 
-        FLOPs are those of the lower triangle; backward does 2.5 times the forward's (five products instead of two).
+        FLOPs are those of the lower triangle where it is ``causal``, of the square otherwise; backward does 2.5 times the
+        forward's (five products instead of two). ``useful``: see ``Op``. ``rows``: tokens, by default all of the tape's.
         """
-        seq_len = self.rows // batch
+        rows = rows or self.rows
+        seq_len = rows // batch
         span = min(window or seq_len, seq_len)
         pairs = seq_len * (seq_len + 1) / 2 - (seq_len - span) * (seq_len - span + 1) / 2
+        pairs = pairs if causal else float(seq_len * seq_len)
         flops = 4.0 * batch * n_heads * head_dim * pairs
         shape = (batch, n_heads, n_kv_heads, seq_len, head_dim, window)
-        q_bytes, kv_bytes = (self.rows * h * head_dim * self.width for h in (n_heads, n_kv_heads))
-        out = self.activation(n_heads * head_dim)
+        q_bytes, kv_bytes = (rows * h * head_dim * self.width for h in (n_heads, n_kv_heads))
+        out = self.tensor(q_bytes)
         lse = self.tensor(batch * n_heads * seq_len * 4, grad=False)
         n_bytes = 2 * q_bytes + 2 * kv_bytes
         return self.record(
             Node(
                 (q, k, v),
                 (out,),
-                forward=(Op("attention", "attention", False, self.dtype, flops, n_bytes, shape),),
+                forward=(Op("attention", "attention", False, self.dtype, flops, n_bytes, shape, 1, useful),),
                 backward=(Op("attention_backward", "attention", True, self.dtype, 2.5 * flops, 2 * n_bytes, shape),),
                 saves=(q, k, v, out),
                 aux=(lse,),
@@ -138,26 +161,28 @@ class Graph(Tape):
         )
 
     def activate(self, x: Ref, width: int, name: str) -> Ref:
-        """The activation ``name``: keeps its input."""
+        """The activation ``name``: keeps its input; torch's ReLU its output."""
         if "activation" in self.kernels:
             return self.record(fused.activation_node(self, (x,), width, name))
-        n_bytes = self.rows * width * self.width
+        n_bytes, out = self.rows * width * self.width, self.activation(width)
         return self.record(
             Node(
                 (x,),
-                (self.activation(width),),
+                (out,),
                 forward=(self.elementwise("activation", 2 * n_bytes, 8 * self.rows * width),),
                 backward=(self.elementwise("activation_backward", 3 * n_bytes, 12 * self.rows * width, True),),
-                saves=(x,),
+                saves=(out,) if name == "relu" else (x,),
+                remakes="" if name == "relu" else "activation",  # whose backward reads its output
             )
         )
 
     def linear_activate(self, x: Ref, n_in: int, n_out: int, name: str, *, bias: bool) -> Ref:
         """``activation(x @ W.T + b)``: the bias belongs to the activation's kernel, or to the matrix product."""
         if bias and "activation" in self.kernels:
-            product = self.linear(x, n_in, n_out, bias=False)
+            (product,) = self.columns(x, n_in, (n_out,), bias=False)
             return self.record(fused.activation_node(self, (product,), n_out, name, bias=True))
-        return self.activate(self.linear(x, n_in, n_out, bias=bias), n_out, name)
+        (product,) = self.columns(x, n_in, (n_out,), bias=bias)
+        return self.activate(product, n_out, name)
 
     def gated_activate(self, gate: Ref, up: Ref, width: int, name: str) -> Ref:
         """``activation(gate) * up`` as one function: keeps gate and up only."""
@@ -173,17 +198,19 @@ class Graph(Tape):
                 saves=(gate, up),
                 backward_temp_bytes=n_bytes,
                 saves_after=True,
+                remakes="activation",
             )
         )
 
     def add(self, a: Ref, b: Ref, width: int) -> Ref:
-        n_bytes = self.rows * width * self.width
+        numel = self.stream_rows * width
+        n_bytes = numel * self.width
         return self.record(
             Node(
                 (a, b),
-                (self.activation(width),),
-                forward=(self.elementwise("add", 3 * n_bytes, self.rows * width),),
-                backward=(self.elementwise("add_grads", 3 * n_bytes, self.rows * width, True),),
+                (self.stream(width),),
+                forward=(self.elementwise("add", 3 * n_bytes, numel),),
+                backward=(self.elementwise("add_grads", 3 * n_bytes, numel, True),),
                 passes_grad=True,
             )
         )
@@ -211,6 +238,20 @@ class Graph(Tape):
                 pending_category="logits_loss" if "linear_cross_entropy" in self.kernels else TEMPORARIES,
             )
         )
+
+    def tokens(self, width: int, vocab_size: int, *, tied: bool) -> Ref:
+        """Look-up of a micro-batch's tokens. The batch itself (ids and labels, int64) is its input."""
+        ids = self.tensor(2 * 8 * self.rows, grad=False)
+        x = self.embedding(self.rows, width, vocab_size, tied=tied)
+        self.nodes[-1].aux = (ids,)
+        return x
+
+    def add_learned_positions(self, x: Ref, width: int, table_rows: int, seq_len: int) -> Ref:
+        """Look-up of every place of the sequence, added to ``x``."""
+        places = self.tensor(8 * seq_len, grad=False)
+        positions = self.embedding(seq_len, width, table_rows)
+        self.nodes[-1].aux = (places,)
+        return self.add_positions(x, positions, width)
 
     def add_positions(self, x: Ref, positions: Ref, width: int) -> Ref:
         """Adds a ``[seq_len, width]`` table to every sequence; its gradient is a sum over the batch."""

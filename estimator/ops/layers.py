@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from estimator.job.experts import Experts
 from estimator.job.model import ModelSpec
-from estimator.job.strategy import Recompute
+from estimator.ops.context import Context, shared_attention
 from estimator.ops.cost import UnitCost
+from estimator.ops.exchange import ExpertRanks
+from estimator.ops.experts import expert_mlp
 from estimator.ops.graph import Graph
 from estimator.ops.kernels.chip import H200, Chip
+from estimator.ops.latent import latent_attention
 from estimator.ops.liveness import unit_cost
-from estimator.ops.tape import Ref
-from estimator.sharding.units import Unit
+from estimator.ops.ring import Heads
+from estimator.ops.shared import SharedGraph
+from estimator.ops.split_backward import split_backward
+from estimator.ops.tape import Ref, part_of_block
+from estimator.sharding.units import Unit, recomputing
 
 
 class Shape(NamedTuple):
@@ -35,80 +42,116 @@ class Shape(NamedTuple):
     """Of the buffers that gradients are added to; empty: ``dtype``."""
     stat_bytes: int = 4
     """Bytes of each of a row's two statistics that torch's LayerNorm keeps: fp32, but ``dtype`` on a CPU."""
+    n_tensor: int = 1
+    """Tensor-parallel ranks."""
+    splits_tokens: bool = False
+    """Sequence parallelism between layers."""
+    is_cpu: bool = False
+    expert_ranks: ExpertRanks = ExpertRanks()
+    """Those that share the experts of a layer, if any do."""
+    context: Context = Context()
+    """How context-parallel ranks, if any, share sequences; ``seq_len`` is this rank's part of one."""
+    splits_backward: bool = False
+    """Backward is two passes (``estimator.ops.split_backward``)."""
+    holds_batch: bool = True
+    """A micro-batch lives from its forward to its backward pass; False: as long as the step (pipelines)."""
 
     @property
     def rows(self) -> int:
         return self.micro_batch_size * self.seq_len
 
     def graph(self) -> Graph:
-        return Graph(self.dtype, self.rows, self.kernels, self.chip, self.grad_dtype, self.stat_bytes)
+        kind = SharedGraph if self.n_tensor > 1 else Graph
+        return kind(
+            self.dtype, self.rows, self.kernels, self.chip, self.grad_dtype, self.stat_bytes, self.n_tensor,
+            self.splits_tokens,
+        )  # fmt: skip
 
 
-def unit_costs(spec: ModelSpec, units: tuple[Unit, ...], shape: Shape, recompute: Recompute) -> list[UnitCost]:
-    """Cost of every unit; units of one kind share one object. Only blocks recompute."""
-    by_kind: dict[str, UnitCost] = {}
+def unit_costs(
+    spec: ModelSpec, units: tuple[Unit, ...], shape: Shape, recompute: str, recompute_every: int = 1
+) -> list[UnitCost]:
+    """Cost of every unit; units of one kind share one object. Only blocks recompute, every ``recompute_every``-th."""
+    again = recomputing(units, recompute_every) if recompute != "none" else frozenset()
+    by_kind: dict[tuple[str, bool], UnitCost] = {}
     for index, unit in enumerate(units):
-        if unit.kind in by_kind:
+        kind = (unit.kind, index in again)
+        if kind in by_kind:
             continue
-        if unit.kind == "embed":
-            by_kind[unit.kind] = unit_cost(embedding_graph(spec, shape), "none")
-        elif unit.kind == "head":
-            by_kind[unit.kind] = unit_cost(head_graph(spec, shape), "none")
-        else:
-            by_kind[unit.kind] = unit_cost(block_graph(spec, shape, spec.window_of(index - 1)), recompute)
-    return [by_kind[unit.kind] for unit in units]
+        graph = unit_graph(spec, unit, index, shape)
+        cost = unit_cost(graph, recompute if index in again else "none")
+        by_kind[kind] = cost._replace(split=split_backward(graph, cost)) if shape.splits_backward else cost
+    return [by_kind[unit.kind, index in again] for index, unit in enumerate(units)]
+
+
+def unit_graph(spec: ModelSpec, unit: Unit, index: int, shape: Shape) -> Graph:
+    """The forward pass of ``unit``, the ``index``-th of ``spec``."""
+    if spec.encoder is not None:
+        from estimator.ops import encoder, encoder_decoder  # which are made of this module's parts
+
+        return (encoder_decoder if spec.encoder.n_layers else encoder).unit_graph(spec, spec.encoder, unit, shape)
+    if unit.kind == "embed":
+        return embedding_graph(spec, shape)
+    if unit.kind == "head":
+        return head_graph(spec, shape)
+    return block_graph(spec, shape, spec.window_of(index - 1), spec.experts_of(index - 1))
 
 
 def embedding_graph(spec: ModelSpec, shape: Shape) -> Graph:
     """Token (and position) look-up. The batch itself (ids and labels, int64) is its input."""
     g = shape.graph()
     width = spec.embed_dim or spec.d_model
-    ids = g.tensor(2 * 8 * shape.rows, grad=False)
-    x = g.embedding(shape.rows, width, spec.vocab_size, tied=spec.tied_embeddings)
-    g.nodes[-1].aux = (ids,)
+    x = g.tokens(width, spec.vocab_size, tied=spec.tied_embeddings)
+    if not shape.holds_batch:
+        g.tensors[g.nodes[-1].aux[0]].n_bytes = 0
     if width != spec.d_model:
         x = g.linear(x, width, spec.d_model, bias=False)
     if spec.position_rows:
-        places = g.tensor(8 * shape.seq_len, grad=False)
-        positions = g.embedding(shape.seq_len, spec.d_model, spec.position_rows)
-        g.nodes[-1].aux = (places,)
-        x = g.add_positions(x, positions, spec.d_model)
+        x = g.add_learned_positions(x, spec.d_model, spec.position_rows, shape.seq_len)
     if spec.embedding_norm:
-        x = _norm(g, spec, x)
+        x = record_norm(g, spec, x)
     g.output = x
     return g
 
 
-def block_graph(spec: ModelSpec, shape: Shape, window: int) -> Graph:
-    """Attention and MLP around the residual stream."""
+def block_graph(spec: ModelSpec, shape: Shape, window: int, experts: Experts | None = None) -> Graph:
+    """Attention and MLP (or ``experts``) around the residual stream."""
     g, d = shape.graph(), spec.d_model
-    x = g.input = g.activation(d)
+
+    def mlp_of(h: Ref) -> Ref:
+        return (
+            record_mlp(g, spec, h)
+            if experts is None
+            else expert_mlp(g, spec, experts, h, record_mlp, shape.expert_ranks)
+        )
+
+    x = g.input = g.stream(d)
     with g.call(x):
         if not spec.pre_norm:
-            x = _norm(g, spec, g.add(x, _attention(g, spec, shape, x, window), d))
-            g.output = _norm(g, spec, g.add(x, _mlp(g, spec, x), d))
+            x = record_norm(g, spec, g.add(x, _attention(g, spec, shape, x, window), d))
+            g.output = record_norm(g, spec, g.add(x, mlp_of(x), d))
             return g
         if spec.parallel_residual:
-            attn = _attention(g, spec, shape, _norm(g, spec, x), window)
+            attn = _attention(g, spec, shape, record_norm(g, spec, x), window)
             y = g.add(x, attn, d)
-            g.output = g.add(y, _mlp(g, spec, _norm(g, spec, x)), d)
+            g.output = g.add(y, mlp_of(record_norm(g, spec, x)), d)
             return g
-        attn = _attention(g, spec, shape, _norm(g, spec, x), window)
-        attn = _norm(g, spec, attn) if spec.sandwich_norms else attn
+        attn = _attention(g, spec, shape, record_norm(g, spec, x), window)
+        attn = record_norm(g, spec, attn) if spec.sandwich_norms else attn
         h, y = g.add_norm(attn, x, d, rms=spec.norm == "rmsnorm", bias=spec.norm_bias)
     with g.call(h, y):
-        mlp = _mlp(g, spec, h)
-        g.output = g.add(y, _norm(g, spec, mlp) if spec.sandwich_norms else mlp, d)
+        mlp = mlp_of(h)
+        g.output = g.add(y, record_norm(g, spec, mlp) if spec.sandwich_norms else mlp, d)
     return g
 
 
 def head_graph(spec: ModelSpec, shape: Shape) -> Graph:
     """Final norm, projection to the vocabulary, cross-entropy."""
     g, d = shape.graph(), spec.d_model
-    x = g.input = g.activation(d)
+    x = g.input = g.stream(d)
     width = spec.embed_dim or d
     with g.call(x):
-        h = _norm(g, spec, x) if spec.final_norm else x
+        h = record_norm(g, spec, x) if spec.final_norm else x
         if width != d:
             h = g.linear(h, d, width, bias=False)
         g.output = g.linear_cross_entropy(
@@ -118,42 +161,52 @@ def head_graph(spec: ModelSpec, shape: Shape) -> Graph:
     return g
 
 
-def _norm(g: Graph, spec: ModelSpec, x: Ref) -> Ref:
+def record_norm(g: Graph, spec: ModelSpec, x: Ref) -> Ref:
+    """A norm of the residual stream."""
     return g.norm(x, spec.d_model, rms=spec.norm == "rmsnorm", bias=spec.norm_bias)
 
 
 def _attention(g: Graph, spec: ModelSpec, shape: Shape, h: Ref, window: int) -> Ref:
-    d, q_width, kv_width = spec.d_model, spec.d_attn, spec.d_kv
+    if spec.latent is not None:
+        return latent_attention(g, spec, spec.latent, shape.micro_batch_size, h)
+    return _head_attention(g, spec, shape, h, window)
+
+
+@part_of_block("attention")
+def _head_attention(g: Graph, spec: ModelSpec, shape: Shape, h: Ref, window: int) -> Ref:
+    d, n_heads, n_kv_heads = spec.d_model, g.share(spec.n_heads), g.share(spec.n_kv_heads)
+    q_width, kv_width = n_heads * spec.head_dim, n_kv_heads * spec.head_dim
     with g.call(h):
-        q = g.linear(h, d, q_width, bias=spec.qkv_bias)
-        k = g.linear(h, d, kv_width, bias=spec.qkv_bias)
-        v = g.linear(h, d, kv_width, bias=spec.qkv_bias)
+        q, k, v = g.columns(h, d, (q_width, kv_width, kv_width), bias=spec.qkv_bias)
         if spec.qk_norm:
-            q = g.norm(q, spec.head_dim, rms=True, bias=False, rows=g.rows * spec.n_heads)
-            k = g.norm(k, spec.head_dim, rms=True, bias=False, rows=g.rows * spec.n_kv_heads)
+            q, k = g.head_norm(q, spec.head_dim, n_heads), g.head_norm(k, spec.head_dim, n_kv_heads)
         if spec.rotary_dim:
             place = (shape.micro_batch_size, shape.seq_len)
-            q = g.rotary(q, (*place, spec.n_heads, spec.head_dim), spec.rotary_dim)
-            k = g.rotary(k, (*place, spec.n_kv_heads, spec.head_dim), spec.rotary_dim)
-        n_kv_heads = spec.n_kv_heads
-        if shape.repeats_kv_heads and n_kv_heads < spec.n_heads:
-            repeats = spec.n_heads // n_kv_heads
+            q = g.rotary(q, (*place, n_heads, spec.head_dim), spec.rotary_dim)
+            k = g.rotary(k, (*place, n_kv_heads, spec.head_dim), spec.rotary_dim)
+        if shape.context.size > 1:
+            heads = Heads(shape.micro_batch_size, n_heads, n_kv_heads, spec.head_dim, window, shape.repeats_kv_heads)
+            with g.call(q, k, v):
+                return g.row(shared_attention(g, shape.context, heads, q, k, v), q_width, d, bias=spec.attn_out_bias)
+        if shape.repeats_kv_heads and n_kv_heads < n_heads:
+            repeats = n_heads // n_kv_heads
             k, v = g.repeat_heads(k, kv_width, repeats), g.repeat_heads(v, kv_width, repeats)
-            n_kv_heads = spec.n_heads
+            n_kv_heads = n_heads
         with g.call(q, k, v):
             out = g.attention(
-                q, k, v, batch=shape.micro_batch_size, n_heads=spec.n_heads, n_kv_heads=n_kv_heads,
+                q, k, v, batch=shape.micro_batch_size, n_heads=n_heads, n_kv_heads=n_kv_heads,
                 head_dim=spec.head_dim, window=window,
             )  # fmt: skip
-            return g.linear(out, q_width, d, bias=spec.attn_out_bias)
+            return g.row(out, q_width, d, bias=spec.attn_out_bias)
 
 
-def _mlp(g: Graph, spec: ModelSpec, h: Ref) -> Ref:
+@part_of_block("mlp")
+def record_mlp(g: Graph, spec: ModelSpec, h: Ref) -> Ref:
+    d_ff = g.share(spec.d_ff)
     with g.call(h):
         if spec.gated_mlp:
-            gate = g.linear(h, spec.d_model, spec.d_ff, bias=spec.mlp_bias)
-            up = g.linear(h, spec.d_model, spec.d_ff, bias=spec.mlp_bias)
-            inner = g.gated_activate(gate, up, spec.d_ff, spec.activation)
+            gate, up = g.columns(h, spec.d_model, (d_ff, d_ff), bias=spec.mlp_bias)
+            inner = g.gated_activate(gate, up, d_ff, spec.activation)
         else:
-            inner = g.linear_activate(h, spec.d_model, spec.d_ff, spec.activation, bias=spec.mlp_bias)
-        return g.linear(inner, spec.d_ff, spec.d_model, bias=spec.mlp_bias)
+            inner = g.linear_activate(h, spec.d_model, d_ff, spec.activation, bias=spec.mlp_bias)
+        return g.row(inner, d_ff, spec.d_model, bias=spec.mlp_bias)

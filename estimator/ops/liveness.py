@@ -10,40 +10,54 @@ from __future__ import annotations
 
 from collections import Counter
 
-from estimator.job.strategy import Recompute
+from estimator.job.recompute import parts_of
 from estimator.ops.cost import PassMemory, UnitCost
+from estimator.ops.operator import Op
+from estimator.ops.regions import Regions
 from estimator.ops.tape import TEMPORARIES, Node, Ref, Tape
 
 
-def unit_cost(graph: Tape, recompute: Recompute) -> UnitCost:
+def unit_cost(graph: Tape, recompute: str) -> UnitCost:
     """Operators and live bytes of one unit. ``recompute`` is what this unit does (only blocks recompute)."""
-    kept = _kept_by_forward(graph, recompute)
+    parts = parts_of(recompute)
+    regions = Regions(graph, parts) if parts else None
+    kept = regions.kept() if regions is not None else _kept_by_forward(graph, recompute)
     forward_memory = _Forward(graph, kept, from_cache=False).run(stop=len(graph.nodes))
-    backward_memory = _backward(graph, kept, recompute)
+    backward_memory, again = _backward(graph, kept, recompute, regions)
     forward = tuple(op for node in graph.nodes for op in node.forward)
     backward = tuple(op for node in reversed(graph.nodes) for op in node.backward)
-    replayed = graph.nodes[: _replay_stop(graph)] if recompute != "none" else []
-    cached = recompute == "selective"
-    again = tuple(op for node in replayed if not (cached and node.cached) for op in node.forward)
-    return UnitCost(forward, backward, again, forward_memory, backward_memory)
+    input_bytes = graph.tensors[graph.input].n_bytes if graph.input >= 0 else 0
+    return UnitCost(forward, backward, again, forward_memory, backward_memory, input_bytes)
 
 
-def _kept_by_forward(graph: Tape, recompute: Recompute) -> set[Ref]:
+def _kept_by_forward(graph: Tape, recompute: str) -> set[Ref]:
     """Storages that the forward pass leaves behind for the backward pass."""
     if recompute == "none":
         return {ref for node in graph.nodes for ref in (*node.saves, *node.aux)}
-    kept = {graph.input}
+    kept = {graph.input, *(shared.ref for shared in graph.shared)}
     if recompute == "selective":
-        kept |= {ref for node in graph.nodes if node.cached for ref in (*node.outputs, *node.aux)}
+        kept |= {ref for node in graph.nodes for ref in _cached(node)}
     return kept
 
 
-def _replay_stop(graph: Tape) -> int:
-    """How many nodes a checkpoint replays: it stops once the last tensor to save is packed.
+def _cached(node: Node) -> tuple[Ref, ...]:
+    """What selective recomputation keeps of the node's results."""
+    return (*node.outputs, *node.aux) if node.cached else node.cached_outputs
+
+
+def _uncached(node: Node) -> tuple[Op, ...]:
+    """What it does again to have the others."""
+    if node.cached:
+        return ()
+    return node.uncached if node.cached_outputs else node.forward
+
+
+def _replay_stop(graph: Tape, span: range) -> int:
+    """Before which node of ``span`` the replay of a checkpoint ends: it stops once the last tensor to save is packed.
 
     torch's own operators pack before their kernel runs, Python autograd functions after it.
     """
-    last = max(i for i, node in enumerate(graph.nodes) if node.saves)
+    last = max(i for i in span if graph.nodes[i].saves)
     return last + 1 if graph.nodes[last].saves_after else last
 
 
@@ -84,15 +98,16 @@ class _Meter:
 class _Forward:
     """Plays a forward pass that keeps ``kept``. ``from_cache``: outputs of cached nodes already exist."""
 
-    def __init__(self, graph: Tape, kept: set[Ref], from_cache: bool) -> None:
+    def __init__(self, graph: Tape, kept: set[Ref], from_cache: bool, meter: _Meter | None = None) -> None:
         self.graph, self.from_cache = graph, from_cache
-        self.meter = _Meter()
-        self.known = {graph.input, graph.output, *kept}
+        self.meter = meter or _Meter()
+        outputs = {graph.output, *graph.further_outputs}
+        self.known = {graph.input, *outputs, *kept}
         if from_cache:
-            self.known |= {ref for node in graph.nodes if node.cached for ref in node.outputs}
+            self.known |= {ref for node in graph.nodes for ref in _cached(node) if ref in node.outputs}
         self.ends: dict[int, list[Ref]] = {}
         for ref, tensor in enumerate(graph.tensors):
-            if ref not in kept and ref != graph.output:
+            if ref not in kept and ref not in outputs:
                 self.ends.setdefault(tensor.last_use, []).append(ref)
 
     def category(self, ref: Ref) -> str:
@@ -101,57 +116,114 @@ class _Forward:
         return tensor.category if ref in self.known or tensor.category == "logits_loss" else TEMPORARIES
 
     def run(self, stop: int) -> PassMemory:
-        self.play(stop)
+        self.play(0, stop)
         return self.meter.memory()
 
-    def play(self, stop: int) -> None:
+    def play(self, start: int, stop: int) -> None:
         meter, tensors = self.meter, self.graph.tensors
-        for index, node in enumerate(self.graph.nodes[:stop]):
+        for index, node in enumerate(self.graph.nodes[start:stop], start):
             if not (self.from_cache and node.cached):
                 for ref in (*node.outputs, *node.aux):
-                    meter.add(self.category(ref), tensors[ref].n_bytes)
+                    if not (self.from_cache and ref in node.cached_outputs):
+                        meter.add(self.category(ref), tensors[ref].n_bytes)
                 meter.look(node.forward_temp_bytes, node.temp_category)
             for ref in self.ends.get(index, ()):
                 meter.add(self.category(ref), -tensors[ref].n_bytes)
 
 
-def _backward(graph: Tape, kept: set[Ref], recompute: Recompute) -> PassMemory:
-    """Backward pass of a unit, recomputation first where there is any."""
+def _backward(
+    graph: Tape, kept: set[Ref], recompute: str, regions: Regions | None
+) -> tuple[PassMemory, tuple[Op, ...]]:
+    """Backward pass of a unit, and the forward operators that run again in it: before it, or as it comes to ``regions``."""
     meter = _Meter()
     tensors, nodes = graph.tensors, graph.nodes
     saved = Counter(ref for node in nodes for ref in (*node.saves, *node.aux))
+    if regions is not None:
+        again = _Again(graph, regions, meter)
+        _play_backward(graph, saved, meter, again)
+        return meter.memory(), tuple(again.ops)
+    ops: tuple[Op, ...] = ()
     if recompute != "none":
-        stop = _replay_stop(graph)
-        meter = _replay(graph, set(saved), recompute, stop)
+        whole, cached = range(len(nodes)), recompute == "selective"
+        stop = _replay_stop(graph, whole)
+        ops = _replay(graph, meter, set(saved), whole[:stop], cached)
         for ref in kept - set(saved) - {graph.input}:
             if tensors[ref].last_use >= stop or ref == graph.output:
                 meter.add(tensors[ref].category, -tensors[ref].n_bytes)
+        saved.update(shared.ref for shared in graph.shared)  # a checkpoint holds what went in until all is done
     _play_backward(graph, saved, meter)
-    return meter.memory()
+    for ref in saved:
+        if saved[ref]:
+            meter.add(tensors[ref].category, -tensors[ref].n_bytes)
+    return meter.memory(), ops
 
 
-def _replay(graph: Tape, saved: set[Ref], recompute: Recompute, stop: int) -> _Meter:
-    """The checkpointed forward again, up to its last saved tensor; then only saved tensors remain.
+def _replay(graph: Tape, meter: _Meter, saved: set[Ref], span: range, cached: bool = False) -> tuple[Op, ...]:
+    """The checkpointed nodes of ``span`` again, of whose tensors only ``saved`` ones remain; their operators.
 
-    Cached outputs are handed out as they are reached and die like any other; one that is never reached stays in the
-    cache until the replay is over.
+    ``cached``: outputs of cached nodes are handed out as they are reached and die like any other; one that is never reached
+    stays in the cache until the replay is over.
     """
-    forward = _Forward(graph, saved | {graph.input}, from_cache=recompute == "selective")
-    forward.play(stop)
-    meter = forward.meter
-    for node in graph.nodes[:stop]:
-        for ref in (*node.outputs, *node.aux):
-            if ref not in saved and graph.tensors[ref].last_use >= stop and not (forward.from_cache and node.cached):
-                meter.add(forward.category(ref), -graph.tensors[ref].n_bytes)
-    return meter
+    nodes = graph.nodes[span.start : span.stop]
+    made = [(node, ref) for node in nodes for ref in (*node.outputs, *node.aux)]
+    elsewhere = set(range(len(graph.tensors))) - {ref for _, ref in made}
+    forward = _Forward(graph, saved | elsewhere, cached, meter)
+    forward.play(span.start, span.stop)
+    for node, ref in made:
+        outlives = graph.tensors[ref].last_use >= span.stop or ref == graph.output
+        if ref not in saved and outlives and not (cached and ref in _cached(node)):
+            meter.add(forward.category(ref), -graph.tensors[ref].n_bytes)
+    return tuple(op for node in nodes for op in (_uncached(node) if cached else node.forward))
 
 
-def _play_backward(graph: Tape, saved: Counter[Ref], meter: _Meter) -> None:
-    """Nodes in reverse. ``saved`` counts the nodes that hold a storage."""
+class _Again:
+    """Makes parts of a block again as its backward pass comes to them."""
+
+    def __init__(self, graph: Tape, regions: Regions, meter: _Meter) -> None:
+        self.graph, self.regions, self.meter = graph, regions, meter
+        self.ops: list[Op] = []
+        self._there: set[Ref] = set()
+        self._replayed: set[range] = set()
+
+    def bring_back(self, index: int) -> None:
+        """Node ``index`` is about to read what it saved."""
+        node = self.graph.nodes[index]
+        span = self.regions.span_of.get(index)
+        if span is None:
+            for ref in node.saves:
+                self._remake(ref)
+        elif span not in self._replayed and (node.saves or node.aux):
+            self._replayed.add(span)
+            for ref in self.regions.inputs[span]:
+                self._remake(ref)
+            saved = {ref for i in span for ref in (*self.graph.nodes[i].saves, *self.graph.nodes[i].aux)}
+            again = range(span.start, _replay_stop(self.graph, span))
+            self.ops += _replay(self.graph, self.meter, saved, again)
+
+    def _remake(self, ref: Ref) -> None:
+        node = self.regions.remade.get(ref)
+        if node is None or ref in self._there:
+            return
+        self._there.add(ref)
+        meter, tensors = self.meter, self.graph.tensors
+        meter.add(tensors[ref].category, tensors[ref].n_bytes)
+        for other in node.aux:  # made beside it, and dropped
+            meter.add(TEMPORARIES, tensors[other].n_bytes)
+        meter.look(node.forward_temp_bytes, node.temp_category)
+        for other in node.aux:
+            meter.add(TEMPORARIES, -tensors[other].n_bytes)
+        self.ops += node.remake or node.forward
+
+
+def _play_backward(graph: Tape, saved: Counter[Ref], meter: _Meter, again: _Again | None = None) -> None:
+    """Nodes in reverse. ``saved`` counts the nodes that hold a storage; what is not there, ``again`` makes."""
     tensors = graph.tensors
-    grad_of: dict[Ref, int] = {graph.output: 0}
-    grad_bytes: list[tuple[int, str]] = [_grad(graph, graph.output)]
-    grad_refs = [1]
+    viewed = {ref for node in graph.nodes for ref in node.inputs}  # others read the view, whose gradient it is
+    there = [graph.output, *(ref for ref in graph.further_outputs if ref not in viewed)]
+    there += [shared.ref for shared in graph.shared if shared.waits]
+    grad_of: dict[Ref, int] = {ref: i for i, ref in enumerate(there)}
+    grad_bytes: list[tuple[int, str]] = [_grad(graph, ref) for ref in there]
+    grad_refs = [1] * len(there)
 
     def new_grad(ref: Ref, category: str = "") -> int:
         n_bytes, usual = _grad(graph, ref)
@@ -171,8 +243,11 @@ def _play_backward(graph: Tape, saved: Counter[Ref], meter: _Meter) -> None:
             if saved[ref] == 0:
                 meter.add(tensors[ref].category, -tensors[ref].n_bytes)
 
-    for node in reversed(graph.nodes):
-        incoming = [grad_of.pop(ref) for ref in node.outputs]
+    for index in reversed(range(len(graph.nodes))):
+        node = graph.nodes[index]
+        if again is not None:
+            again.bring_back(index)
+        incoming = [grad_of.pop(ref) for ref in node.outputs if ref in grad_of]
         if node.kept_grads:
             drop_saved(node)
         outgoing: list[tuple[Ref, int]] = []
@@ -196,7 +271,7 @@ def _play_backward(graph: Tape, saved: Counter[Ref], meter: _Meter) -> None:
         if node.settled_grad_bytes:  # the sum of both counts as what waited does
             meter.add(node.pending_category, node.settled_grad_bytes)
             meter.look(node.settled_grad_bytes)
-            meter.add(node.pending_category, -2 * node.settled_grad_bytes)
+            meter.add(node.pending_category, -(1 if node.stays_pending else 2) * node.settled_grad_bytes)
         for ref, grad in outgoing:
             if ref not in grad_of:
                 grad_of[ref] = grad
@@ -207,6 +282,10 @@ def _play_backward(graph: Tape, saved: Counter[Ref], meter: _Meter) -> None:
             drop_grad(grad_of[ref])
             drop_grad(grad)
             grad_of[ref] = total
+    if graph.input in grad_of:
+        n_bytes, category = grad_bytes[grad_of[graph.input]]
+        meter.add(category, -n_bytes)  # the unit before knows it as a temporary
+        meter.add(TEMPORARIES, n_bytes)
 
 
 def _grad(graph: Tape, ref: Ref) -> tuple[int, str]:

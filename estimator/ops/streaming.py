@@ -34,13 +34,25 @@ def fused_step(optimizer: Optimizer, numel: int) -> Op:
     return Op("fused_step", "optimizer", False, "fp32", 12 * numel, n_bytes)
 
 
-def around_step(dtype: str, numel: int, grad_dtype: str = "") -> tuple[Op, ...]:
+def frozen_step(numel: int) -> Op:
+    """Adam with a frozen second moment, in passes of plain torch (``runtime.compress.frozen``): the first moment is mixed, the
+    root of the second taken, scaled and shifted, parameters decayed and stepped."""
+    n_bytes = numel * (12 + 8 + 8 + 8 + 8 + 16)
+    return Op("frozen_step", "optimizer", False, "fp32", 9 * numel, n_bytes)
+
+
+def around_step(
+    dtype: str, numel: int, grad_dtype: str = "", *, narrow_masters: bool = False, narrow_states: int = 0
+) -> tuple[Op, ...]:
     """The passes of this runtime before and after the fused step: low-precision gradients (of ``grad_dtype``; empty:
-    ``dtype``) are widened, all are scaled, low-precision parameters are written back."""
+    ``dtype``) are widened, all are scaled, low-precision parameters are written back. Masters of ``dtype`` and so many states of
+    it are widened before, and states written back after."""
     grad_dtype = grad_dtype or dtype
     widen = () if grad_dtype == "fp32" else (cast(grad_dtype, "fp32", numel),)
     write_back = () if dtype == "fp32" else (cast("fp32", dtype, numel),)
-    return *widen, scale("fp32", numel), *write_back
+    n_widened, n_back = narrow_masters + narrow_states, narrow_states
+    narrow = (*(cast(dtype, "fp32", numel),) * n_widened, *(cast("fp32", dtype, numel),) * n_back)
+    return *widen, *narrow, scale("fp32", numel), *write_back
 
 
 def dropout_add(dtype: str, numel: int) -> Op:

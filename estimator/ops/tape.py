@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, NamedTuple
 
 from estimator.ops.kernels.chip import H200, Chip
 from estimator.ops.operator import Op
@@ -46,6 +48,8 @@ class Node:
     """Parameter gradients that wait for another use of the same parameter (tied embeddings)."""
     settled_grad_bytes: int = 0
     """Such gradients that this node adds to its own and so ends their wait."""
+    stays_pending: bool = False
+    """That sum waits in turn, for one more use."""
     pending_category: str = TEMPORARIES
     """Category of the gradients that wait, or end their wait, here."""
     temp_category: str = TEMPORARIES
@@ -58,9 +62,26 @@ class Node:
     """Category of the gradients that it returns where all of them are tensors that it kept (``saves``, ``aux``): its
     backward then makes none."""
     cached: bool = False
-    """Selective recomputation keeps its output."""
+    """Selective recomputation keeps its outputs, ..."""
+    cached_outputs: tuple[Ref, ...] = ()
+    """... or these of several, and then does ``uncached`` of ``forward`` again."""
+    uncached: tuple[Op, ...] = ()
     saves_after: bool = False
     """Saved tensors are packed after the kernel ran (Python autograd functions), not before it."""
+    remakes: str = ""
+    """Part of a block (``norms``, ``activation``) with which its first output can be made again from what its own backward keeps."""
+    remake: tuple[Op, ...] = ()
+    """Operators that do so; empty: ``forward``."""
+    part: str = ""
+    """Part of a block (``attention``, ``mlp``) that it belongs to."""
+
+
+class Shared(NamedTuple):
+    """A tensor of an earlier unit that several units read."""
+
+    ref: Ref
+    waits: bool
+    """Its gradient exists when the unit's backward pass begins: later units have read the tensor too."""
 
 
 @dataclass(slots=True)
@@ -77,16 +98,29 @@ class Tape:
     """Of the buffers that parameter gradients are added to; empty: ``dtype``."""
     stat_bytes: int = 4
     """Bytes of each of a row's two statistics that torch's LayerNorm keeps: fp32, but ``dtype`` on a CPU."""
+    n_tensor: int = 1
+    """Tensor-parallel ranks that share the layers."""
+    splits_tokens: bool = False
+    """They split the tokens of the residual stream among them."""
     tensors: list[Tensor] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     input: Ref = -1
     output: Ref = -1
+    further_outputs: tuple[Ref, ...] = ()
+    """What other units than the next read. Their gradients exist when the unit's backward pass begins."""
+    shared: list[Shared] = field(default_factory=list)
     n_matmuls: int = 0
+    current_part: str = ""
 
     @property
     def width(self) -> int:
         """Bytes of one element of the activations' dtype."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def stream_rows(self) -> int:
+        """Tokens of a micro-batch of which this rank has the residual stream."""
+        return self.rows // self.n_tensor if self.splits_tokens else self.rows
 
     # ---- tensors --------------------------------------------------------------------------------------------------
 
@@ -98,8 +132,23 @@ class Tape:
         """A ``[rows, width]`` tensor of the activations' dtype."""
         return self.tensor(self.rows * width * self.width)
 
+    def stream(self, width: int) -> Ref:
+        """A ``[rows, width]`` tensor of the residual stream."""
+        return self.tensor(self.stream_rows * width * self.width)
+
+    def shared_tensor(self, n_bytes: int, *, first: bool, last: bool, n_grad_bytes: int = 0) -> Ref:
+        """A tensor of an earlier unit that several units read, all of which keep it (an encoder's result).
+
+        Its bytes count in the ``first`` of them, whose backward pass is the last to drop it; the ``last`` one's backward pass
+        makes its gradient, to which the others add theirs.
+        """
+        self.tensors.append(Tensor(n_bytes if first else 0, "activations", n_grad_bytes or n_bytes))
+        self.shared.append(Shared(len(self.tensors) - 1, waits=not last))
+        return self.shared[-1].ref
+
     def record(self, node: Node) -> Ref:
         """Appends ``node``; its (first) output."""
+        node.part = node.part or self.current_part
         self.nodes.append(node)
         for ref in (*node.inputs, *node.aux, *node.outputs):
             self.tensors[ref].last_use = max(self.tensors[ref].last_use, len(self.nodes) - 1)
@@ -117,8 +166,29 @@ class Tape:
         return self.elementwise("accumulate_grad", n_bytes, numel, backward=True)
 
     @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What is recorded inside belongs to that part of a block."""
+        before, self.current_part = self.current_part, name
+        yield
+        self.current_part = before
+
+    @contextmanager
     def call(self, *held: Ref) -> Iterator[None]:
         """A Python call: its arguments stay referenced until it returns."""
         yield
         for ref in held:
             self.tensors[ref].last_use = max(self.tensors[ref].last_use, len(self.nodes) - 1)
+
+
+def part_of_block(name: str) -> Callable[[Callable[..., Ref]], Callable[..., Ref]]:
+    """For functions that record a part of a block (``estimator.job.recompute.PARTS``) on their first argument, a ``Tape``."""
+
+    def mark(record: Callable[..., Ref]) -> Callable[..., Ref]:
+        @wraps(record)
+        def marked(tape: Tape, *args: Any) -> Ref:
+            with tape.part(name):
+                return record(tape, *args)
+
+        return marked
+
+    return mark

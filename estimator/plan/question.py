@@ -9,12 +9,13 @@ from typing import Any, get_args
 
 from estimator.errors import InputError, invalid, require_choice, require_int
 from estimator.job import Cluster, ModelSpec, Strategy
-from estimator.job.strategy import Offload, Recompute
+from estimator.job.recompute import Recompute, canonical
+from estimator.job.strategy import Offload
 
 STAGES = (0, 1, 2, 3)
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "optimizer,param")
 """What is searched unless others are named: files need rates that were measured on the machine."""
-RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
+RECOMPUTES: tuple[str, ...] = get_args(Recompute)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class PlanQuestion:
     """Everything that is not searched: dtype, optimizer, parallel sizes, buckets."""
     zero_stages: tuple[int, ...] = STAGES
     offloads: tuple[Offload, ...] = OFFLOADS
-    recomputes: tuple[Recompute, ...] = RECOMPUTES
+    recomputes: tuple[str, ...] = RECOMPUTES
     micro_batch_sizes: tuple[int, ...] = ()
     """Sequences per GPU and pass to try; empty means every power of two up to one GPU's share of the batch."""
 
@@ -49,7 +50,7 @@ class PlanQuestion:
         for offload in self.offloads:
             require_choice("offload", offload, get_args(Offload))
         for recompute in self.recomputes:
-            require_choice("recompute", recompute, RECOMPUTES)
+            canonical(recompute)
         for size in self.micro_batch_sizes:
             require_int("micro_batch", size)
         if self.cluster.n_gpus % self.base.model_parallel:
@@ -73,6 +74,8 @@ class PlanQuestion:
         stages = self.zero_stages if self.dp > 1 else self.zero_stages[:1]
         for stage, offload, recompute in product(stages, self.offloads, self.recomputes):
             how: dict[str, Any] = {} if offload == "optimizer" else {"offload_fraction": 1.0, "delayed_update": False}
+            if recompute not in ("selective", "full"):
+                how["activation_offload"] = False
             yield replace(self.base, zero_stage=stage, offload=offload, recompute=recompute, **how)
 
     def micro_batches(self) -> tuple[int, ...]:

@@ -6,15 +6,15 @@ Rajbhandari et al. 2020 (table 1: 2 + 2 + 12 bytes per parameter for mixed-preci
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from estimator.job.strategy import OPTIMIZER_STATES, Strategy
+from estimator.ops.kernels.optimizer import RULES
 from estimator.schedule.events import Buffer, Place
+from estimator.schedule.servers import Serving
 from estimator.sharding.layout import ALIGNMENT_NUMEL, Group, align
 from estimator.units import DTYPE_BYTES
-
-MASTER_BYTES = 4
-"""Master parameters and optimizer states are fp32."""
 
 UPDATE_CHUNK_NUMEL = 1 << 24
 """Elements that one optimizer call updates at a time: bounds its fp32 copy of low-precision gradients to 64 MiB."""
@@ -47,14 +47,20 @@ class GroupBuffers(NamedTuple):
     """Reduce-scatter output of a later micro-batch, before it is added to ``grad_shard``."""
     host_grads: Buffer | None
     master: Buffer | None
-    """fp32 copy of this rank's parameters; ``None`` where the parameters themselves are fp32 and in the same place."""
+    """What the optimizer steps; ``None`` where that is the parameters themselves: in the same dtype and place."""
     optimizer_states: tuple[Buffer, ...]
     update_temp: Buffer | None
-    """fp32 copy of a chunk of low-precision gradients during a step that cannot read them as they are."""
+    """fp32 copies of a chunk of what is low-precision (gradients, masters, states) during a step that cannot read it as it is."""
     host_update: Buffer | None
     """Pinned low-precision copy of updated masters on their way back to the device."""
     secondary_params: Buffer | None = None
     """This rank's part of the copy that ranks nearby share."""
+    received: Buffer | None = None
+    """On a parameter server: what other ranks have pushed."""
+    server_sum: Buffer | None = None
+    """On a parameter server: the sum of what all ranks have pushed, in fp32."""
+    is_stepped: bool = True
+    """False: parameter servers step it, and this rank is none of them."""
     device_part: DevicePart | None = None
     """Where the optimizer is split between host and device, the device's; ``master`` and so on are then the host's part."""
 
@@ -62,6 +68,29 @@ class GroupBuffers(NamedTuple):
     def is_fetched(self) -> bool:
         """True when ``full_params`` must be brought in before use and is dropped afterwards."""
         return self.kept_params is not None
+
+    @property
+    def persistent(self) -> list[Buffer]:
+        """Buffers that live from step to step."""
+        kept = self.kept_params if self.is_fetched else self.full_params
+        on_device = (
+            (self.device_part.master, *self.device_part.optimizer_states) if self.device_part is not None else ()
+        )
+        held = (kept, self.secondary_params, self.host_grads, self.master, *self.optimizer_states, *on_device)
+        return [b for b in held if b is not None and b.place != "nvme"]
+
+
+def takes_fused_step(strategy: Strategy, kernels: frozenset[str]) -> bool:
+    """Whether the device's optimizer step is one of ``kernels``: theirs are for fp32 masters and states, all of which
+    they step."""
+    is_kernel = RULES[strategy.optimizer].kernel in kernels
+    return is_kernel and strategy.masters == strategy.states == "fp32" and not strategy.freezes_variance
+
+
+def n_widened(strategy: Strategy) -> int:
+    """Tensors of one element per parameter that a step in plain torch must widen to fp32."""
+    n_states = OPTIMIZER_STATES[strategy.optimizer]
+    return (strategy.step_grads != "fp32") + (strategy.masters != "fp32") + n_states * (strategy.states != "fp32")
 
 
 def host_numel(group: Group, strategy: Strategy) -> int:
@@ -78,20 +107,25 @@ def is_offloaded(group: Group, strategy: Strategy) -> bool:
 
 
 def stage_of(group: Group, zero_stage: int) -> int:
-    """The stage as which the group runs where ``zero_stage`` is in effect."""
+    """The stage as which the group runs where ``zero_stage`` is in effect: experts that no two ranks have leave nothing to shard."""
+    if group.kind.expert and group.n_shards == 1:
+        return 0
     return min(zero_stage, 2) if group.kind.resident else zero_stage
 
 
-def group_buffers(group: Group, strategy: Strategy, zero_stage: int, *, fused_step: bool = False) -> GroupBuffers:
+def group_buffers(
+    group: Group, strategy: Strategy, zero_stage: int, *, fused_step: bool = False, serving: Serving | None = None
+) -> GroupBuffers:
     """All buffers of ``group`` under ``strategy`` with ``zero_stage`` in effect.
 
-    ``fused_step``: the device's optimizer step reads low-precision gradients itself (a kernel of ``runtime.kernels``).
+    ``fused_step``: the device's optimizer step reads low-precision gradients itself (a kernel of ``runtime.kernels``);
+    ``serving``: with parameter servers, of which rank.
     """
     g, width = group.number, DTYPE_BYTES[strategy.dtype]
     full_bytes, shard_bytes = group.padded_numel * width, group.shard_numel * width
     grad_width = DTYPE_BYTES[strategy.grads]
     full_grad_bytes, grad_shard_bytes = group.padded_numel * grad_width, group.shard_numel * grad_width
-    low_precision = strategy.dtype != "fp32"
+    own_masters = strategy.masters != strategy.dtype
     step_place: Place = "host" if strategy.offload_optimizer else "device"
     state_place: Place = "nvme" if strategy.offload_nvme else step_place
     offload_param = is_offloaded(group, strategy)
@@ -109,11 +143,11 @@ def group_buffers(group: Group, strategy: Strategy, zero_stage: int, *, fused_st
         kept = Buffer("kept_params", g, "params", full_bytes, "host")
 
     early = zero_stage >= 2
-    separate_master = low_precision or (strategy.offload_optimizer and not offload_param)
-    widens = strategy.grads != "fp32" and not (fused_step and step_place == "device")
+    separate_master = own_masters or (strategy.offload_optimizer and not offload_param)
+    n_wide = 0 if fused_step and step_place == "device" else n_widened(strategy)
     on_host = host_numel(group, strategy)
     here = on_host or group.shard_numel
-    fp32_bytes = here * MASTER_BYTES
+    master_bytes = here * DTYPE_BYTES[strategy.masters]
     buffers = GroupBuffers(
         full_params=Buffer("full_params", g, "gathered_params" if fetched else "params", full_bytes),
         kept_params=kept,
@@ -122,16 +156,30 @@ def group_buffers(group: Group, strategy: Strategy, zero_stage: int, *, fused_st
         grad_shard=Buffer("grad_shard", g, "grads", grad_shard_bytes) if early else None,
         reduced=Buffer("reduced", g, "reduce_buckets", grad_shard_bytes) if early else None,
         host_grads=Buffer("host_grads", g, "grads", on_host * grad_width, "host") if on_host else None,
-        master=Buffer("master", g, "master_params", fp32_bytes, state_place) if separate_master else None,
+        master=Buffer("master", g, "master_params", master_bytes, state_place) if separate_master else None,
         optimizer_states=_states("optimizer_state", g, here, state_place, strategy),
-        update_temp=_temp("update_temp", g, here, step_place) if widens else None,
+        update_temp=_temp("update_temp", g, here, n_wide, step_place),
         host_update=Buffer("host_update", g, "offload_staging", on_host * width, "host")
-        if low_precision and strategy.offload_optimizer and not offload_param
+        if own_masters and strategy.offload_optimizer and not offload_param
         else None,
         secondary_params=_secondary(group, strategy) if fetched and zero_stage == 3 else None,
         device_part=_device_part(group, strategy, fused_step) if 0 < on_host < group.shard_numel else None,
     )
-    return buffers if group.kind.trained else _frozen(buffers)
+    if not group.kind.trained:
+        return _frozen(buffers)
+    return buffers if serving is None else _served(buffers, group, serving)
+
+
+def _served(b: GroupBuffers, group: Group, serving: Serving) -> GroupBuffers:
+    """Of ``b`` what a rank has where servers step for all, and what a server has beside it."""
+    if not serving.is_server:
+        return b._replace(master=None, optimizer_states=(), update_temp=None, is_stepped=False)
+    g, grad_width = group.number, b.full_grads.n_bytes // group.padded_numel
+    others_bytes = (serving.n_ranks - 1) * group.shard_numel * grad_width
+    return b._replace(
+        received=Buffer("received", g, "reduce_buckets", others_bytes) if others_bytes else None,
+        server_sum=Buffer("server_sum", g, "grads", 4 * group.shard_numel),
+    )
 
 
 def _frozen(b: GroupBuffers) -> GroupBuffers:
@@ -160,22 +208,32 @@ def _secondary(group: Group, strategy: Strategy) -> Buffer | None:
 
 def _device_part(group: Group, strategy: Strategy, fused_step: bool) -> DevicePart:
     g, numel = group.number, group.shard_numel - host_numel(group, strategy)
-    widens = strategy.grads != "fp32" and not fused_step
-    master = Buffer("device_master", g, "master_params", numel * MASTER_BYTES) if strategy.dtype != "fp32" else None
+    n_wide = 0 if fused_step else n_widened(strategy)
+    n_bytes = numel * DTYPE_BYTES[strategy.masters]
+    master = Buffer("device_master", g, "master_params", n_bytes) if strategy.masters != strategy.dtype else None
     return DevicePart(
         numel=numel,
         master=master,
         optimizer_states=_states("device_state", g, numel, "device", strategy),
-        update_temp=_temp("device_temp", g, numel, "device") if widens else None,
+        update_temp=_temp("device_temp", g, numel, n_wide, "device"),
     )
 
 
 def _states(role: str, group: int, numel: int, place: Place, strategy: Strategy) -> tuple[Buffer, ...]:
     return tuple(
-        Buffer(f"{role}_{i}", group, "optimizer_state", numel * MASTER_BYTES, place)
+        Buffer(f"{role}_{i}", group, "optimizer_state", numel * DTYPE_BYTES[strategy.states], place)
         for i in range(OPTIMIZER_STATES[strategy.optimizer])
     )
 
 
-def _temp(role: str, group: int, numel: int, place: Place) -> Buffer:
-    return Buffer(role, group, "temporaries", min(numel, UPDATE_CHUNK_NUMEL) * MASTER_BYTES, place)
+def _temp(role: str, group: int, numel: int, n_wide: int, place: Place) -> Buffer | None:
+    """fp32 room for a chunk of each of ``n_wide`` tensors."""
+    n_bytes = n_wide * min(numel, UPDATE_CHUNK_NUMEL) * DTYPE_BYTES["fp32"]
+    return Buffer(role, group, "temporaries", n_bytes, place) if n_wide else None
+
+
+def delayed_buffers(buffers: Sequence[GroupBuffers]) -> list[Buffer]:
+    """Where a late step works all the time: every group's way back to the device, and one temporary for all groups."""
+    temps = [b.update_temp for b in buffers if b.update_temp is not None]
+    updates = [b.host_update for b in buffers if b.host_update is not None]
+    return [*updates, *([max(temps, key=lambda temp: temp.n_bytes)] if temps else [])]

@@ -3,7 +3,7 @@
 One program has three readers: ``estimator.memory`` adds up live bytes, ``estimator.time`` plays it on streams, and
 ``runtime`` obeys it. An event therefore says *what* happens and to *which group of parameters*, never how long it takes.
 
-Streams: ``compute`` (kernels), ``gather`` and ``reduce`` (collectives), ``h2d`` and ``d2h`` (copies), ``host`` (CPU work),
+Streams: ``compute`` (kernels), ``gather`` and ``reduce`` (collectives), ``h2d`` and ``d2h`` (copies), ``send`` and ``recv`` (between pipeline ranks), ``host`` (CPU work),
 ``worker`` (CPU work beside it, in a thread of its own), ``nvme_read`` and ``nvme_write`` (files, in threads of their own).
 An event is issued at its place in the list and runs when its stream is free; ``Wait`` makes a stream wait for the
 newest event that carries a given tag. Events of one stream run in issue order. A ``Collective`` or ``Copy`` also starts
@@ -14,12 +14,20 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Stream = Literal["compute", "gather", "reduce", "h2d", "d2h", "nvme_read", "nvme_write", "worker", "host"]
+from estimator.job.mesh import Span
+
+Stream = Literal[
+    "compute", "gather", "reduce", "h2d", "d2h", "send", "recv", "nvme_read", "nvme_write", "worker", "host"
+]
 Place = Literal["device", "host", "nvme"]
-Pass = Literal["forward", "loss", "backward"]
-Purpose = Literal["params", "grads", "updated_params", "grad_norm", "states"]
-CollectiveOp = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+Pass = Literal["forward", "loss", "backward", "input_grad", "weight_grad"]
+Purpose = Literal["params", "grads", "updated_params", "grad_norm", "states", "activations"]
+CollectiveOp = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "push", "pull"]
+"""``push`` and ``pull``: to and from parameter servers."""
 Codec = Literal["int8", "int4", "one_bit", "adacomp"]
+Boundary = Literal["activations", "gradients"]
+"""What passes from pipeline rank to pipeline rank: forward, and backward. Messages of one kind from one rank to another keep
+their order: the n-th ``Recv`` takes the n-th ``Send``."""
 Tag = tuple[str, int]
 """What a ``Wait`` names: (verb, group index), e.g. ``("gather", 3)``."""
 
@@ -51,27 +59,8 @@ class Compute(NamedTuple):
     phase: Pass
 
 
-class Span(NamedTuple):
-    """The data-parallel ranks that a collective joins: groups of ``size``, from each rank to the next ``stride`` further.
-
-    ``Span(4)`` of 8 ranks: 0-3 and 4-7. ``Span(2, 4)``: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-    """
-
-    size: int
-    stride: int = 1
-
-    def ranks(self, rank: int) -> list[int]:
-        """The ranks of the group that ``rank`` is in, in order."""
-        first = rank - rank // self.stride % self.size * self.stride
-        return [first + i * self.stride for i in range(self.size)]
-
-    def place(self, rank: int) -> int:
-        """``rank``'s own place in its group."""
-        return rank // self.stride % self.size
-
-
 class Collective(NamedTuple):
-    """A collective over data-parallel ranks. ``n_bytes`` is the full (unsharded) tensor; of an all-to-all, all that one
+    """A collective. ``n_bytes`` is the full (unsharded) tensor; of an all-to-all, all that one
     rank holds."""
 
     op: CollectiveOp
@@ -81,7 +70,7 @@ class Collective(NamedTuple):
     stream: Stream
     tag: Tag
     span: Span | None = None
-    """``None``: all of them."""
+    """``None``: all ranks of the job."""
     ends: tuple[str, str] | None = None
     """Roles of the buffers that are sent and filled; ``None``: those of the purpose."""
 
@@ -112,6 +101,38 @@ class Unpack(NamedTuple):
     target: str
 
 
+class PickRows(NamedTuple):
+    """Puts those rows of a group's table of gradients that are not zero, ``n_rows`` at most, into its ``rows``, and their numbers
+    (int64) into its ``ids``, on ``compute``."""
+
+    purpose: Purpose
+    group: int
+    n_rows: int
+    table: tuple[int, int]
+    """Rows and columns of all of it."""
+    width: int
+    """Bytes of an element."""
+
+
+class AddRows(NamedTuple):
+    """A group's table of gradients becomes the sum of ``pieces`` messages, in ``received_ids`` and ``received_rows``."""
+
+    group: int
+    n_rows: int
+    table: tuple[int, int]
+    pieces: int
+    width: int
+
+
+class SumPieces(NamedTuple):
+    """Adds up, in rank order and in fp32, the ``numel`` gradients of each of ``pieces`` ranks that the oldest push of a group has
+    brought to this server, its own among them, into ``server_sum``."""
+
+    group: int
+    numel: int
+    pieces: int
+
+
 class Keep(NamedTuple):
     """Copies ``n_bytes`` of freshly gathered parameters to ``secondary_params``: this rank's part of a nearer copy."""
 
@@ -130,6 +151,14 @@ class Copy(NamedTuple):
     tag: Tag
 
 
+class Blend(NamedTuple):
+    """Adds the optimizer's first moment, times ``beta1 / (1 - beta1)``, to this rank's own ``numel`` gradients: that is its next
+    momentum over ``1 - beta1`` (1-bit Adam, Tang et al. 2021, algorithm 1, line 6)."""
+
+    group: int
+    numel: int
+
+
 class Accumulate(NamedTuple):
     """Adds a freshly reduced gradient shard of ``n_bytes`` to the one kept from earlier micro-batches."""
 
@@ -146,6 +175,8 @@ class GradNorm(NamedTuple):
     group: int
     n_bytes: int
     stream: Stream
+    copies: int = 1
+    """Ranks among which the norm is summed that hold the same gradients: each counts its share."""
 
 
 class Update(NamedTuple):
@@ -160,6 +191,10 @@ class Update(NamedTuple):
     stream: Stream
 
 
+class Commit(NamedTuple):
+    """Makes what has been written to files since the last one their newest version: the host waits for the disk."""
+
+
 class Wait(NamedTuple):
     """``stream`` does nothing more until the newest event with ``tag`` has finished."""
 
@@ -167,7 +202,58 @@ class Wait(NamedTuple):
     tag: Tag
 
 
-Event = Alloc | Free | Compute | Collective | Copy | Pack | Unpack | Keep | Accumulate | GradNorm | Update | Wait
+class Send(NamedTuple):
+    """What the pass before made goes to the pipeline rank ``offset`` ranks further, on stream ``send``: a chunk's output, or
+    the gradient of its input. It lives until ``Sent``."""
+
+    what: Boundary
+    n_bytes: int
+    offset: int
+    tag: Tag
+
+
+class Sent(NamedTuple):
+    """Drops the ``n_bytes`` that the newest ``Send`` of ``what`` has sent."""
+
+    what: Boundary
+    n_bytes: int
+
+
+class Recv(NamedTuple):
+    """Makes room for ``n_bytes`` and lets the pipeline rank ``offset`` ranks further fill it, on stream ``recv``: with the
+    input of the next chunk to go forward, or the gradient of the output of the next to go backward. Those passes end its life."""
+
+    what: Boundary
+    n_bytes: int
+    offset: int
+    tag: Tag
+
+
+BOUNDARY_CATEGORY: dict[str, str] = {"activations": "activations", "gradients": "temporaries"}
+"""As what a message counts."""
+
+Event = (
+    Send
+    | Sent
+    | Recv
+    | Alloc
+    | Free
+    | Compute
+    | Collective
+    | Copy
+    | Pack
+    | Unpack
+    | PickRows
+    | AddRows
+    | SumPieces
+    | Keep
+    | Blend
+    | Accumulate
+    | GradNorm
+    | Update
+    | Commit
+    | Wait
+)
 
 
 class Section(NamedTuple):
@@ -176,6 +262,8 @@ class Section(NamedTuple):
     name: Literal["init", "delayed_update", "micro_batch", "optimizer"]
     events: tuple[Event, ...]
     repeat: int = 1
+    passes: tuple[tuple[Event, ...], ...] = ()
+    """Of a pipeline's section: its events once more, cut where a pass over a chunk begins. Equal passes are one object."""
 
 
 class StepProgram(NamedTuple):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from estimator.job.mesh import Span
 from estimator.ops.kernels import one_bit, quantize
 from estimator.schedule.events import (
+    AddRows,
     Alloc,
     Buffer,
     Codec,
@@ -19,7 +21,7 @@ from estimator.schedule.events import (
     Event,
     Free,
     Pack,
-    Span,
+    PickRows,
     Stream,
     Unpack,
     Wait,
@@ -44,13 +46,19 @@ def message_bytes(codec: Codec, numel: int) -> dict[str, int]:
     return {"codes": codes, "scales": 4 * numel // block}
 
 
+def _parts(pack: Pack | PickRows) -> dict[str, int]:
+    if isinstance(pack, Pack):
+        return message_bytes(pack.codec, pack.numel)
+    return {"ids": 8 * pack.n_rows, "rows": pack.n_rows * pack.table[1] * pack.width}
+
+
 class Exchange(NamedTuple):
     """A compressed collective: ``pack`` before, ``unpack`` after, codes and scales one after the other between."""
 
     op: CollectiveOp
     """``all_gather``: every rank's message goes to all; ``all_to_all``: part i of it to rank i."""
-    pack: Pack
-    unpack: Unpack
+    pack: Pack | PickRows
+    unpack: Unpack | AddRows
     stream: Stream
     tag: str
     """Verb of the tags."""
@@ -70,10 +78,7 @@ class Exchange(NamedTuple):
         calls: list[Event] = []
         waits: list[Event] = []
         received: list[Buffer] = []
-        sent = [
-            Buffer(part, g, self.category, n_bytes)
-            for part, n_bytes in message_bytes(self.pack.codec, self.pack.numel).items()
-        ]
+        sent = [Buffer(part, g, self.category, n_bytes) for part, n_bytes in _parts(self.pack).items()]
         for buffer in sent:
             came = Buffer(f"received_{buffer.role}", g, self.category, copies * buffer.n_bytes)
             tag = (f"{self.tag}_{buffer.role}", g)
@@ -85,7 +90,9 @@ class Exchange(NamedTuple):
             waits.append(Wait("compute", tag))
             received.append(came)
         # codes are made in the source's order, then put into that of the ranks they go to
-        scratch = [b._replace(role=f"unordered_{b.role}") for b in sent if self.pack.rows > 1]
+        scratch = [
+            b._replace(role=f"unordered_{b.role}") for b in sent if isinstance(self.pack, Pack) and self.pack.rows > 1
+        ]
         packing: list[Event] = [*map(Alloc, [*sent, *scratch]), self.pack, *map(Free, scratch)]
         dropped = [Free(self.source)] if self.source else []
         made = [Alloc(self.target)] if self.target else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from estimator.job.strategy import OPTIMIZER_STATES, Strategy
-from estimator.schedule.events import Buffer, Copy, Event, Wait
+from estimator.schedule.events import Buffer, Commit, Copy, Event, Wait
 from estimator.sharding.layout import Group, align
 from estimator.units import MIB
 
@@ -64,7 +64,7 @@ def read_ahead(stepped: Group, groups: Sequence[Group], strategy: Strategy) -> l
 
 
 def finish(groups: Sequence[Group], strategy: Strategy) -> list[Event]:
-    """Until everything has been written and the next step may read into the slots."""
+    """Until everything has been written, for good, and the next step may read into the slots."""
     written: list[Event] = [Wait("host", ("nvme_write", group.number)) for group in groups]
     last = groups[-N_SLOTS:] if strategy.dtype == "fp32" else ()
-    return [*written, *(Wait("host", ("h2d", group.number)) for group in last)]
+    return [*written, Commit(), *(Wait("host", ("h2d", group.number)) for group in last)]

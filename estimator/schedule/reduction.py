@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from estimator.job.mesh import Span
 from estimator.job.strategy import GradCompression, Strategy
 from estimator.schedule.buffers import GroupBuffers
-from estimator.schedule.events import Buffer, Collective, Pack, Span, Unpack, Wait
+from estimator.schedule.events import AddRows, Blend, Buffer, Collective, Event, Pack, PickRows, Unpack, Wait
 from estimator.schedule.messages import Exchange, Hop
 from estimator.sharding.layout import Group
+from estimator.sharding.units import Param
 
 
 def exact(b: GroupBuffers, stage: int, shards: Span | None) -> Hop:
@@ -17,19 +21,25 @@ def exact(b: GroupBuffers, stage: int, shards: Span | None) -> Hop:
     return Hop([Collective(op, "grads", g, n_bytes, "reduce", tag, shards)], [Wait("compute", tag)])  # type: ignore[arg-type]
 
 
-def sum_over_replicas(b: GroupBuffers, shard_bytes: int, replicas: Span) -> Hop:
-    """The sum of a reduced shard over the groups that each hold a copy (MiCS, Zhang et al. 2022, section 3.4)."""
+def sum_again(b: GroupBuffers, shard_bytes: int, spans: list[Span]) -> Hop:
+    """The sum of a reduced shard over further ranks, one span after another: over the groups that each hold a copy (MiCS,
+    Zhang et al. 2022, section 3.4), over tensor-parallel ranks that each have seen a part of the sequence."""
     g = b.full_grads.group
     tag = ("cross", g)
-    return Hop([Collective("all_reduce", "grads", g, shard_bytes, "reduce", tag, replicas)], [Wait("compute", tag)])
+    issue: list[Event] = []
+    for span in spans:
+        issue += [Wait("reduce", tag)] if issue else []
+        issue.append(Collective("all_reduce", "grads", g, shard_bytes, "reduce", tag, span))
+    return Hop(issue, [Wait("compute", tag)])
 
 
 def compressed(
     group: Group, b: GroupBuffers, strategy: Strategy, stage: int, n_ranks: int, first: bool
 ) -> tuple[Hop, ...]:
-    """The hops of a compressed sum over ``n_ranks``; ``first``: of a step's first micro-batch."""
+    """The hops of a compressed sum over ``n_ranks`` data ranks, which are neighbours; ``first``: of a step's first micro-batch."""
     if strategy.grad_compression == "one_bit":
-        return signs(group, b, stage, n_ranks)
+        hops = signs(group, b, stage, n_ranks)
+        return momentum(group, hops) if strategy.compresses_momentum else hops
     if strategy.grad_compression == "adacomp":
         return chosen(group, b, n_ranks)
     return int4(group, b, first, Span(strategy.quantized_grads), n_ranks)
@@ -111,6 +121,19 @@ def signs(group: Group, b: GroupBuffers, stage: int, n_ranks: int) -> tuple[Hop,
     return to_servers, to_all
 
 
+def momentum(group: Group, hops: tuple[Hop, ...]) -> tuple[Hop, ...]:
+    """``hops`` of momentum instead of gradients."""
+    blend = Blend(group.number, group.padded_numel)
+    return (hops[0]._replace(issue=[blend, *hops[0].issue]), *hops[1:])
+
+
+def warm_up(strategy: Strategy) -> Strategy | None:
+    """What runs in the steps before compression begins; ``None``: there are none."""
+    if not strategy.compression_warmup_steps:
+        return None
+    return replace(strategy, grad_compression="none", compression_warmup_steps=0)
+
+
 def chosen(group: Group, b: GroupBuffers, n_ranks: int) -> tuple[Hop, ...]:
     """AdaComp (Chen et al. 2018, algorithm 2): every rank sends the elements that it chose to all, who add them up in fp32."""
     g, n = group.number, group.padded_numel
@@ -126,6 +149,23 @@ def chosen(group: Group, b: GroupBuffers, n_ranks: int) -> tuple[Hop, ...]:
         adder=None if is_fp32 else Buffer("partial_sum", g, "reduce_buckets", 4 * n),
     )
     return (everybody.hop(),)
+
+
+def touched_rows(group: Group, b: GroupBuffers, table: Param, n_micro_batches: int, n_ranks: int) -> Hop:
+    """Every rank sends the rows that its tokens of the step have used to all, who add them up: ``ranks * (8 + row)`` bytes for
+    each of ``n_micro_batches * table.rows`` rows, or of all."""
+    shape = (table.shape[0], table.shape[1])
+    n_rows = min(shape[0], n_micro_batches * table.rows)
+    width = b.full_grads.n_bytes // group.padded_numel
+    return Exchange(
+        op="all_gather",
+        pack=PickRows("grads", group.number, n_rows, shape, width),
+        unpack=AddRows(group.number, n_rows, shape, n_ranks, width),
+        stream="reduce",
+        tag="reduce",
+        span=Span(n_ranks),
+        category="reduce_buckets",
+    ).hop()
 
 
 def errors(group: Group, compression: GradCompression, stage: int, n_ranks: int) -> tuple[Buffer, ...]:

@@ -43,6 +43,14 @@ class Kind(NamedTuple):
     """False: frozen. They have neither gradients nor optimizer state and are not reduced."""
     resident: bool = False
     """Where parameters come and go (stage 3, parameter offload): these are small and stay, as under stage 2 on the device."""
+    split: bool = False
+    """Tensor-parallel ranks each hold a part of their own. False: all of it, as does everyone without tensor parallelism."""
+    shared: bool = False
+    """Another pipeline stage has the same group."""
+    table: str = ""
+    """The one parameter in it, where that is exchanged row by row."""
+    expert: bool = False
+    """Expert-parallel ranks each hold experts of their own: of the data ranks, every ``ep``-th has the same."""
 
 
 @lru_cache(maxsize=4096)
@@ -50,7 +58,10 @@ def params_by_kind(params: tuple[Param, ...], small_numel: int) -> dict[Kind, tu
     """``params`` taken apart; at most ``small_numel`` elements make one resident."""
     by_kind: dict[Kind, tuple[Param, ...]] = {}
     for param in params:
-        kind = Kind(param.trained, param.numel <= small_numel)
+        axis = param.split.axis if param.split is not None else ""
+        kind = Kind(param.trained, param.numel <= small_numel, axis == "tp", param.shared, expert=axis == "ep")
+        if param.rows and param.trained:
+            kind = kind._replace(table=param.name)
         by_kind[kind] = (*by_kind.get(kind, ()), param)
     return by_kind
 
@@ -68,6 +79,11 @@ class Group(NamedTuple):
     shard_numel: int
     kind: Kind = Kind()
 
+    @property
+    def n_shards(self) -> int:
+        """Ranks that split its states."""
+        return self.padded_numel // self.shard_numel
+
 
 class Slot(NamedTuple):
     """Where one parameter lies in its group's flat buffer."""
@@ -83,7 +99,7 @@ class Layout(NamedTuple):
     units: tuple[Unit, ...]
     groups: tuple[Group, ...]
     n_shards: int
-    """Ranks that split optimizer state (and grads, parameters): ``shard_count``."""
+    """Ranks that split optimizer state (and grads, parameters): ``shard_count``; of experts that ``ep`` ranks share, fewer do."""
     groups_of_unit: tuple[tuple[int, ...], ...]
     """Numbers of the groups that hold a unit's own parameters."""
     small_numel: int = 0
@@ -100,6 +116,8 @@ class Layout(NamedTuple):
 
 def shard_count(strategy: Strategy, zero_stage: int, dp: int) -> int:
     """Ranks that share one copy of the states."""
+    if strategy.has_servers:
+        return strategy.n_servers
     return (strategy.shard_size or dp) if zero_stage >= 1 else 1
 
 
@@ -114,12 +132,15 @@ def alignment_of(strategy: Strategy, zero_stage: int, dp: int) -> int:
     return ALIGNMENT_NUMEL
 
 
-def make_layout(units: Sequence[Unit], strategy: Strategy, zero_stage: int, dp: int) -> Layout:
+def make_layout(
+    units: Sequence[Unit], strategy: Strategy, zero_stage: int, dp: int, chunks: Sequence[range] = ()
+) -> Layout:
     """Group ``units`` and split every group over the ranks.
 
     Where parameters come and go (stage 3, parameter offload) each unit is a group of its own; elsewhere, and for those of
     at most ``persistent_numel`` elements, units are put together, from the last to the first as backward produces
-    gradients, until a group holds ``bucket_bytes``. Frozen parameters have groups of their own.
+    gradients, until a group holds ``bucket_bytes``. Frozen parameters have groups of their own. No group has units of two of
+    ``chunks`` (a pipeline rank's, by index).
     """
     n_shards = shard_count(strategy, zero_stage, dp)
     per_unit = zero_stage == 3 or strategy.offload_param
@@ -128,15 +149,17 @@ def make_layout(units: Sequence[Unit], strategy: Strategy, zero_stage: int, dp: 
     bucket_numel = strategy.bucket_bytes // DTYPE_BYTES[strategy.dtype]
     spans: list[tuple[range, int, Kind]] = []
     for kind in dict.fromkeys(kind for part in parts for kind in part):
-        sizes = {i: flat_numel(part[kind]) for i, part in enumerate(parts) if kind in part}
-        limit = 0 if per_unit and not kind.resident else bucket_numel
-        spans += [(span, numel, kind) for span, numel in _spans(sizes, limit)]
+        limit = 0 if (per_unit and not kind.resident) or kind.table else bucket_numel
+        for chunk in chunks or (range(len(units)),):
+            sizes = {i: flat_numel(parts[i][kind]) for i in chunk if kind in parts[i]}
+            spans += [(span, numel, kind) for span, numel in _spans(sizes, limit)]
     spans.sort(key=lambda s: (s[0].start, s[0].stop))
     groups: list[Group] = []
     groups_of_unit: list[tuple[int, ...]] = [() for _ in units]
     for index, (span, numel, kind) in enumerate(spans):
-        shard = align(-(-numel // n_shards), alignment_of(strategy, zero_stage, dp))
-        groups.append(Group(index, span, numel, shard * n_shards, shard, kind))
+        n_own = max(1, n_shards // strategy.ep) if kind.expert else n_shards
+        shard = align(-(-numel // n_own), alignment_of(strategy, zero_stage, dp))
+        groups.append(Group(index, span, numel, shard * n_own, shard, kind))
         for unit in span:
             if kind in parts[unit]:
                 groups_of_unit[unit] += (index,)

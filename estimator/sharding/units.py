@@ -9,18 +9,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from estimator.job.model import ModelSpec
+from estimator.sharding.blocks import expert_mlp, latent_attention
+
+
+class Split(NamedTuple):
+    """How ranks along ``axis`` share a parameter: equal parts along ``dim``, of whose ``size`` the last ones may lack some."""
+
+    dim: int
+    size: int
+    axis: Literal["tp", "ep"] = "tp"
+    """Tensor-parallel ranks; or expert-parallel ones, each with experts of its own."""
 
 
 class Param(NamedTuple):
-    """One parameter tensor. ``shape`` is the unsharded shape."""
+    """One parameter tensor. ``shape`` is that of a rank's part where ``split``, and not sharded by ZeRO."""
 
     name: str
     shape: tuple[int, ...]
     trained: bool = True
     """False: frozen. It has no gradient and no optimizer state."""
+    split: Split | None = None
+    """``None``: tensor-parallel and expert-parallel ranks, if any, each hold all of it."""
+    shared: bool = False
+    """Another pipeline stage holds it too (tied embeddings): their gradients are summed."""
+
+    rows: int = 0
+    """A table of which a micro-batch looks up so many rows at most, whose gradients alone are exchanged. 0: all of it."""
 
     @property
     def numel(self) -> int:
@@ -51,12 +68,14 @@ class Unit(NamedTuple):
         return any(p.trained for p in self.params)
 
 
-def _norm(spec: ModelSpec, name: str, width: int) -> list[Param]:
+def norm_params(spec: ModelSpec, name: str, width: int) -> list[Param]:
+    """Weight and, where the model's norms have it, bias."""
     params = [Param(f"{name}.weight", (width,))]
     return [*params, Param(f"{name}.bias", (width,))] if spec.norm_bias else params
 
 
-def _linear(name: str, n_in: int, n_out: int, bias: bool) -> list[Param]:
+def linear_params(name: str, n_in: int, n_out: int, bias: bool) -> list[Param]:
+    """Weight and perhaps bias of ``torch.nn.Linear``."""
     params = [Param(f"{name}.weight", (n_out, n_in))]
     return [*params, Param(f"{name}.bias", (n_out,))] if bias else params
 
@@ -67,53 +86,80 @@ def _embedding(spec: ModelSpec) -> tuple[Param, ...]:
     if spec.position_rows:
         params.append(Param("positions.weight", (spec.position_rows, spec.d_model)))
     if width != spec.d_model:
-        params += _linear("project_in", width, spec.d_model, bias=False)
+        params += linear_params("project_in", width, spec.d_model, bias=False)
     if spec.embedding_norm:
-        params += _norm(spec, "norm", spec.d_model)
+        params += norm_params(spec, "norm", spec.d_model)
     return tuple(params)
 
 
-def _block(spec: ModelSpec) -> tuple[Param, ...]:
+def _block(spec: ModelSpec, layer: int) -> tuple[Param, ...]:
     d = spec.d_model
-    params = _norm(spec, "attn_norm", d)
-    params += _linear("attn.q", d, spec.d_attn, spec.qkv_bias)
-    params += _linear("attn.k", d, spec.d_kv, spec.qkv_bias)
-    params += _linear("attn.v", d, spec.d_kv, spec.qkv_bias)
+    params = [*norm_params(spec, "attn_norm", d), *_attention(spec)]
+    if spec.sandwich_norms:
+        params += norm_params(spec, "attn_post_norm", d)
+    params += norm_params(spec, "mlp_norm", d)
+    experts = spec.experts_of(layer)
+    params += mlp_params(spec) if experts is None else [Param(*shape) for shape in expert_mlp(spec, experts)]
+    if spec.sandwich_norms:
+        params += norm_params(spec, "mlp_post_norm", d)
+    return tuple(params)
+
+
+def _attention(spec: ModelSpec) -> list[Param]:
+    d = spec.d_model
+    if spec.latent is not None:
+        params = [Param(*shape) for shape in latent_attention(spec, spec.latent)]
+        return params + linear_params("attn.out", spec.n_heads * spec.latent.value_head_dim, d, spec.attn_out_bias)
+    params = linear_params("attn.q", d, spec.d_attn, spec.qkv_bias)
+    params += linear_params("attn.k", d, spec.d_kv, spec.qkv_bias)
+    params += linear_params("attn.v", d, spec.d_kv, spec.qkv_bias)
     if spec.qk_norm:
         params += [Param("attn.q_norm.weight", (spec.head_dim,)), Param("attn.k_norm.weight", (spec.head_dim,))]
-    params += _linear("attn.out", spec.d_attn, d, spec.attn_out_bias)
-    if spec.sandwich_norms:
-        params += _norm(spec, "attn_post_norm", d)
-    params += _norm(spec, "mlp_norm", d)
-    if spec.gated_mlp:
-        params += _linear("mlp.gate", d, spec.d_ff, spec.mlp_bias)
-    params += _linear("mlp.up", d, spec.d_ff, spec.mlp_bias)
-    params += _linear("mlp.down", spec.d_ff, d, spec.mlp_bias)
-    if spec.sandwich_norms:
-        params += _norm(spec, "mlp_post_norm", d)
-    return tuple(params)
+    if spec.attn_sinks:
+        params.append(Param("attn.sinks", (spec.n_heads,)))
+    return params + linear_params("attn.out", spec.d_attn, d, spec.attn_out_bias)
+
+
+def mlp_params(spec: ModelSpec) -> list[Param]:
+    """The dense MLP's, with its gate where it has one."""
+    d = spec.d_model
+    params = linear_params("mlp.gate", d, spec.d_ff, spec.mlp_bias) if spec.gated_mlp else []
+    params += linear_params("mlp.up", d, spec.d_ff, spec.mlp_bias)
+    return params + linear_params("mlp.down", spec.d_ff, d, spec.mlp_bias)
 
 
 def _head(spec: ModelSpec) -> tuple[Param, ...]:
     width = spec.embed_dim or spec.d_model
-    params = _norm(spec, "norm", spec.d_model) if spec.final_norm else []
+    params = norm_params(spec, "norm", spec.d_model) if spec.final_norm else []
     if width != spec.d_model:
-        params += _linear("project_out", spec.d_model, width, bias=False)
+        params += linear_params("project_out", spec.d_model, width, bias=False)
     if not spec.tied_embeddings:
-        params += _linear("out", width, spec.vocab_size, spec.head_bias)
+        params += linear_params("out", width, spec.vocab_size, spec.head_bias)
     elif spec.head_bias:
         params.append(Param("out.bias", (spec.vocab_size,)))
     return tuple(params)
 
 
+def block_kind(spec: ModelSpec, layer: int) -> str:
+    """``Unit.kind`` of a block: ``block``, with its window and ``moe`` where it has experts."""
+    window = spec.window_of(layer)
+    return "block" + (f"_w{window}" if window else "") + ("_moe" if spec.experts_of(layer) else "")
+
+
 @lru_cache(maxsize=256)
 def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
     """Units of ``spec`` in forward order: ``embed``, ``blocks.0`` ..., ``head`` (which includes the loss)."""
-    block = _block(spec)
+    if spec.encoder is not None:
+        from estimator.sharding.encoder import encoder_units  # which is made of this module's parts
+
+        return encoder_units(spec, spec.encoder)
     units = [Unit("embed", "embed", _embedding(spec), backward_reads=bool(spec.embedding_norm or spec.embed_dim))]
+    blocks: dict[str, tuple[Param, ...]] = {}
     for layer in range(spec.n_layers):
-        window = spec.window_of(layer)
-        units.append(Unit(f"blocks.{layer}", f"block_w{window}" if window else "block", block))
+        kind = block_kind(spec, layer)
+        if kind not in blocks:
+            blocks[kind] = _block(spec, layer)
+        units.append(Unit(f"blocks.{layer}", kind, blocks[kind]))
     units.append(Unit("head", "head", _head(spec), borrows=(0,) if spec.tied_embeddings else ()))
     return tuple(units)
 
@@ -127,3 +173,8 @@ def count_params(units: Sequence[Unit]) -> int:
             by_kind[unit.params] = unit.numel
         total += by_kind[unit.params]
     return total
+
+
+def recomputing(units: Sequence[Unit], every: int) -> frozenset[int]:
+    """Indices of the blocks 0, ``every``, 2 ``every``, ...; blocks are all units but the first and the last."""
+    return frozenset(range(1, len(units) - 1, every))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log
 
-from estimator.errors import InputError
 from estimator.job.job import Job
 from estimator.job.kernels import kernels_in_use
+from estimator.job.mesh import Span
+from estimator.job.strategy import OPTIMIZER_STATES
 from estimator.ops.cost import UnitCost
 from estimator.ops.kernels import grad_norm, optimizer
 from estimator.ops.operator import Op
-from estimator.ops.streaming import around_step, fused_step
-from estimator.schedule.events import CollectiveOp, Keep, Pack, Span, Unpack
-from estimator.schedule.nvme import IO_BLOCK_BYTES, IO_QUEUE
+from estimator.ops.streaming import around_step, frozen_step, fused_step
+from estimator.schedule.buffers import takes_fused_step
+from estimator.schedule.events import AddRows, CollectiveOp, Keep, Pack, PickRows, SumPieces, Unpack
 from estimator.time.compression import codec_op
+from estimator.time.files import file_seconds
 from estimator.time.network import CollectiveTimer, timer_over
 from estimator.time.operators import OperatorTimer, curve_seconds, seconds_curve
-from estimator.time.profile import HardwareProfile
+from estimator.time.profile import COMMIT, HardwareProfile
 from estimator.units import DTYPE_BYTES
 
 PassTime = tuple[str, float, float, float]
@@ -40,7 +41,7 @@ class Durations:
         self.issue_s = 0.0 if self.is_cpu else self.ops.host_op_s
         self._passes: dict[tuple[int, str], tuple[PassTime, ...]] = {}
         self._copies: dict[tuple[str, int], float] = {}
-        self._networks: dict[tuple[Span | None, str], CollectiveTimer] = {}
+        self._networks: dict[tuple[Span | bool | None, str], CollectiveTimer] = {}
 
     def passes(self, unit: int, phase: str) -> tuple[PassTime, ...]:
         """What ``Compute(unit, phase)`` runs: the loss counts as forward; recomputation precedes backward."""
@@ -48,17 +49,38 @@ class Durations:
         key = (id(cost), phase)
         known = self._passes.get(key)
         if known is None:
-            chains = (
-                {"forward": cost.forward}
-                if phase != "backward"
-                else {"recompute": cost.recompute, "backward": cost.backward}
-            )
-            known = self._passes[key] = tuple(self._chain(part, ops) for part, ops in chains.items() if ops)
+            chains = _chains(cost, phase)
+            times = [self._chain(part, ops) for part, ops in chains.items() if ops]
+            exposed_s = sum(self._exposed(ops) for ops in chains.values())
+            if exposed_s > 0:
+                times.append(("exposed_other_comm", exposed_s, 0.0 if self.is_cpu else exposed_s, 0.0))
+            known = self._passes[key] = tuple(times)
         return known
+
+    def _exposed(self, ops: Sequence[Op]) -> float:
+        """Seconds for which collectives among ``ops`` keep the compute stream waiting: what the operators beside them do not
+        hide. Where arithmetic and collectives share cores, it hides only the share that calibration measured."""
+        exposed_s = 0.0
+        for index, op in enumerate(ops):
+            if op.kind == "collective":
+                seconds = self._exchange(op)
+                beside_s = sum(self.ops.seconds(other) for other in ops[index + 1 : index + 1 + op.shape[0]])
+                exposed_s += seconds - min(beside_s, self.overlap * seconds)
+        return exposed_s
+
+    def _exchange(self, op: Op) -> float:
+        """A collective within layers. Around a ring all wait for its slowest link."""
+        if op.name == "send":
+            assert op.span is not None
+            return self.message(op.n_bytes, op.span.size * op.span.stride > self.job.cluster.gpus_per_node)
+        return self.collective(op.name, op.n_bytes, op.span)  # type: ignore[arg-type]
 
     def _chain(self, part: str, ops: Sequence[Op]) -> PassTime:
         device_s = issue_s = end_s = 0.0
         for op in ops:
+            if op.kind == "collective":
+                issue_s += self.issue_s
+                continue
             seconds = self.ops.seconds(op)
             issue_s += self.ops.host_seconds(op)
             end_s = max(end_s, issue_s) + seconds
@@ -66,11 +88,23 @@ class Durations:
         return part, device_s, 0.0 if self.is_cpu else end_s, issue_s
 
     def collective(self, op: CollectiveOp, n_bytes: int, span: Span | None = None) -> float:
-        dtype = self.job.strategy.dtype if op == "all_gather" else self.job.strategy.grads
+        dtype = self.job.strategy.dtype if op in ("all_gather", "pull") else self.job.strategy.grads
         network = self._networks.get((span, dtype))
         if network is None:
             network = self._networks[span, dtype] = timer_over(span, self.job, self.profile, dtype)
+        if op in ("push", "pull"):
+            return network.through_servers(n_bytes, self.job.strategy.n_servers)
         return network.seconds(op, n_bytes)
+
+    def message(self, n_bytes: int, crosses: bool) -> float:
+        """From one rank to another, on another node where it ``crosses``: an all-gather's time between the two, in which as many
+        bytes leave each."""
+        dtype = self.job.strategy.dtype
+        network = self._networks.get((crosses, dtype))
+        if network is None:
+            network = CollectiveTimer(self.job.cluster, self.profile, 2, 1 if crosses else 2, dtype)
+            self._networks[crosses, dtype] = network
+        return network.seconds("all_gather", 2 * n_bytes)
 
     def copy(self, direction: str, n_bytes: int) -> float:
         """A pinned copy: the host link, or this GPU's share of host memory if that is less; or one between host and files.
@@ -84,21 +118,13 @@ class Durations:
             known = self._copies[direction, n_bytes] = self._copy(direction, n_bytes)
         return known
 
-    def _file_copy(self, direction: str, n_bytes: int) -> float:
-        """At the measured rate of the size and number of blocks that the runtime uses (the nearest measured); the ranks of a node
-        share it."""
-        points = [p for p in self.profile.files if f"nvme_{p.direction}" == direction]
-        if not points:
-            raise InputError(
-                f"offload is {self.job.strategy.offload!r}, whose time needs rates of files; profile {self.profile.name!r} has none, "
-                "allowed: one from `zerocast calibrate --nvme FOLDER`"
-            )
-        nearest = min(points, key=lambda p: (abs(log(p.queue / IO_QUEUE)), abs(log(p.block_bytes / IO_BLOCK_BYTES))))
-        return n_bytes * self.workers / nearest.bytes_per_s
+    def commit(self) -> float:
+        """What was written is made to last (``estimator.time.profile.COMMIT``); 0 where that was not measured."""
+        return next((p.seconds for p in self.profile.overheads if p.name == COMMIT), 0.0)
 
     def _copy(self, direction: str, n_bytes: int) -> float:
         if direction.startswith("nvme"):
-            return self._file_copy(direction, n_bytes)
+            return file_seconds(direction, n_bytes, self.job, self.profile)
         profile, cluster = self.profile, self.job.cluster
         shared_s = 0.0 if self.is_cpu else n_bytes * self.workers / cluster.host.memory_bytes_per_s
         if profile.is_measured and profile.copies:
@@ -119,16 +145,34 @@ class Durations:
             return self._stream(2 * event.n_bytes)
         return self.ops.seconds(codec_op(event, s.dtype if event.purpose == "params" else s.grads, self.kernels))
 
+    def rows(self, event: PickRows | AddRows) -> float:
+        """A table is read to find its rows, which are copied; it is cleared, and every rank's rows are added to it."""
+        n_rows, columns = event.table
+        table_bytes, message_bytes = n_rows * columns * event.width, event.n_rows * columns * event.width
+        if isinstance(event, PickRows):
+            return self._stream(table_bytes + 2 * message_bytes)
+        return self._stream(table_bytes + 3 * event.pieces * message_bytes)
+
+    def sum_pieces(self, event: SumPieces) -> float:
+        """The first is widened to fp32, every other one added to it."""
+        width = DTYPE_BYTES[self.job.strategy.grads]
+        return self._stream(event.numel * (width + 4)) + (event.pieces - 1) * self._stream(event.numel * (width + 8))
+
     # ---- gradients and optimizer ----------------------------------------------------------------------------------
 
     def accumulate(self, n_bytes: int) -> float:
         """Two reads and a write."""
         return self._stream(3 * n_bytes)
 
+    def blend(self, numel: int) -> float:
+        """Gradients read and written, the first moment read."""
+        s = self.job.strategy
+        return self._stream(numel * (2 * DTYPE_BYTES[s.grads] + DTYPE_BYTES[s.states]))
+
     def grad_norm(self, n_bytes: int, on_host: bool) -> float:
         """One read of the gradient shard."""
         if "grad_norm" in self.kernels and not on_host:
-            dtype, width = self.job.strategy.dtype, DTYPE_BYTES[self.job.strategy.grads]
+            dtype, width = self.job.strategy.dtype, DTYPE_BYTES[self.job.strategy.step_grads]
             return self.ops.seconds(grad_norm.cost(n_bytes // width, dtype, width))
         return self._host_stream(n_bytes, on_host)
 
@@ -141,10 +185,10 @@ class Durations:
         if numel <= 0:
             return 0.0
         strategy = self.job.strategy
-        if optimizer.RULES[strategy.optimizer].kernel in self.kernels and not on_host:
+        if takes_fused_step(strategy, self.kernels) and not on_host:
             width = DTYPE_BYTES[strategy.dtype]
             copy_width = 0 if strategy.dtype == "fp32" else width
-            step = optimizer.cost(strategy.optimizer, numel, DTYPE_BYTES[strategy.grads], copy_width)
+            step = optimizer.cost(strategy.optimizer, numel, DTYPE_BYTES[strategy.step_grads], copy_width)
             return self.ops.seconds(step._replace(dtype=strategy.dtype))
         around_s = self._host_stream(numel * self._passes_bytes(), on_host)
         if on_host or self.is_cpu:
@@ -153,7 +197,12 @@ class Durations:
 
     def _passes_bytes(self) -> int:
         """Bytes per element moved by the passes before and after the fused optimizer step."""
-        return sum(op.n_bytes for op in around_step(self.job.strategy.dtype, 1, self.job.strategy.grads))
+        s = self.job.strategy
+        around = around_step(
+            s.dtype, 1, s.step_grads, narrow_masters=s.masters != "fp32",
+            narrow_states=OPTIMIZER_STATES[s.optimizer] if s.states != "fp32" else 0,
+        )  # fmt: skip
+        return sum(op.n_bytes for op in around)
 
     def _host_stream(self, n_bytes: int, on_host: bool) -> float:
         if on_host and not self.is_cpu:
@@ -161,8 +210,10 @@ class Durations:
         return self._stream(n_bytes)
 
     def _update_bytes(self) -> int:
-        """Bytes per element of the fused step: fp32 gradient read, states and parameters read and written."""
-        return fused_step(self.job.strategy.optimizer, 1).n_bytes
+        """Bytes per element of the step itself."""
+        s = self.job.strategy
+        frozen = s.freezes_variance and self.job.mesh.n_data > 1
+        return (frozen_step(1) if frozen else fused_step(s.optimizer, 1)).n_bytes
 
     def _host_rate(self) -> float:
         """Elements per second of one rank: published rates are a whole node's, measured ones one process's of many.
@@ -178,3 +229,13 @@ class Durations:
 
     def _stream(self, n_bytes: int) -> float:
         return self.ops.traffic_seconds(n_bytes, dtype=self.job.strategy.dtype) if n_bytes > 0 else 0.0
+
+
+def _chains(cost: UnitCost, phase: str) -> dict[str, tuple[Op, ...]]:
+    """Operators of a pass by part."""
+    if phase in ("forward", "loss"):
+        return {"forward": cost.forward}
+    if phase == "weight_grad":
+        assert cost.split is not None
+        return {"backward": cost.split.weights}
+    return {"recompute": cost.recompute, "backward": cost.backward if cost.split is None else cost.split.inputs}

@@ -18,7 +18,8 @@ from math import log, log2, sqrt
 from estimator.errors import InputError
 from estimator.job.cluster import Cluster
 from estimator.job.job import Job
-from estimator.schedule.events import CollectiveOp, Span
+from estimator.job.mesh import Span
+from estimator.schedule.events import CollectiveOp
 from estimator.time.operators import curve_seconds, seconds_curve
 from estimator.time.profile import CollectivePoint, HardwareProfile, LinkModel
 
@@ -27,10 +28,9 @@ LOW_LATENCY_BANDWIDTH = 0.5
 
 
 def timer_over(span: Span | None, job: Job, profile: HardwareProfile, dtype: str) -> CollectiveTimer:
-    """For collectives of ``job`` over ``span`` (``None``: all its data-parallel ranks); nodes are consecutive ranks."""
-    span = span or Span(job.dp)
-    in_node = max(1, job.cluster.gpus_per_node // job.strategy.model_parallel)
-    return CollectiveTimer(job.cluster, profile, span.size, in_node // span.stride, dtype)
+    """For collectives of ``job`` over ``span`` (``None``: all its ranks); nodes are consecutive ranks."""
+    span = span or Span(job.cluster.n_gpus)
+    return CollectiveTimer(job.cluster, profile, span.size, job.cluster.gpus_per_node // span.stride, dtype)
 
 
 class CollectiveTimer:
@@ -54,6 +54,11 @@ class CollectiveTimer:
             known = self._interpolated(op, n_bytes, measured) if measured else self._modelled(op, n_bytes)
             self._known[op, n_bytes] = known
         return known
+
+    def through_servers(self, n_bytes: int, n_servers: int) -> float:
+        """Of ``n_bytes`` every server takes its part from each rank, or gives it to each, rank by rank: its link carries what it
+        would in an all-to-all of ``group_size / n_servers`` times as much."""
+        return self.seconds("all_to_all", n_bytes * self.group_size // n_servers)
 
     def _measured_here(self) -> tuple[CollectivePoint, ...]:
         """Measured points of groups placed like this one: inside a node or across nodes, whose networks say nothing of each other."""

@@ -22,7 +22,7 @@ Otherwise they are all played, as they are while work of the host is still to be
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from estimator.job.job import Job
@@ -30,32 +30,39 @@ from estimator.ops.cost import UnitCost
 from estimator.report import TIME_PARTS
 from estimator.schedule.events import (
     Accumulate,
+    AddRows,
     Alloc,
+    Blend,
     Collective,
+    Commit,
     Compute,
     Copy,
+    Event,
     Free,
     Keep,
     Pack,
+    PickRows,
     Section,
     StepProgram,
+    SumPieces,
     Unpack,
     Update,
     Wait,
 )
+from estimator.schedule.servers import grow_older
 from estimator.time.durations import Durations
 from estimator.time.interval import interval
 from estimator.time.profile import HardwareProfile
 
-STREAMS = ("compute", "gather", "reduce", "h2d", "d2h", "nvme_read", "nvme_write", "worker", "host")
-_INDEX = {name: i for i, name in enumerate(STREAMS)}
-_HOST = _INDEX["host"]
-_FILES = (_INDEX["nvme_read"], _INDEX["nvme_write"])
-_COLLECTIVE_STREAMS = (_INDEX["gather"], _INDEX["reduce"])
+STREAMS = ("compute", "gather", "reduce", "h2d", "d2h", "send", "recv", "nvme_read", "nvme_write", "worker", "host")
+INDEX = {name: i for i, name in enumerate(STREAMS)}
+_HOST = INDEX["host"]
+_FILES = (INDEX["nvme_read"], INDEX["nvme_write"])
+_COLLECTIVE_STREAMS = (INDEX["gather"], INDEX["reduce"])
 _WORK, _PASS, _WAIT, _HOST_WORK, _HOST_WAIT = range(5)
 _TOLERANCE = 1e-9
 
-_COLLECTIVE_PART = {
+COLLECTIVE_PART = {
     "params": "exposed_gather",
     "updated_params": "exposed_gather",
     "grads": "exposed_reduce",
@@ -75,7 +82,8 @@ class StepTime(NamedTuple):
     busy_s: dict[str, float]
     """Seconds of work by stream, overlapped or not."""
     bound: str
-    """What takes the most time: ``compute``, ``gather``, ``reduce``, ``other communication``, ``optimizer``, ``offload``."""
+    """What takes the most time: ``compute``, ``gather``, ``reduce``, ``other communication``, ``optimizer``, ``offload``,
+    ``pipeline bubble``."""
 
 
 def time_of(program: StepProgram, costs: Sequence[UnitCost], job: Job, profile: HardwareProfile) -> StepTime:
@@ -83,15 +91,35 @@ def time_of(program: StepProgram, costs: Sequence[UnitCost], job: Job, profile: 
 
     Raises ``InputError`` for what the profile cannot time (a dtype that was not measured).
     """
-    player = _Player(Durations(costs, job, profile), serial=job.cluster.gpu.arch == "cpu")
-    for section in program.step:
-        player.play(section)
-    parts, busy = player.finish()
+    player = Player(Durations(costs, job, profile), serial=job.cluster.gpu.arch == "cpu")
+    if job.strategy.staleness:
+        parts, busy = steady_step(player, program, job.strategy.staleness)
+    else:
+        for section in program.step:
+            player.play(section)
+        parts, busy = player.finish()
     step_s = sum(parts.values())
-    return StepTime(step_s, *interval(step_s, parts, job, profile), parts, busy, _bound(parts))
+    return StepTime(step_s, *interval(step_s, parts, job, profile), parts, busy, bound_of(parts))
 
 
-def _bound(parts: dict[str, float]) -> str:
+def steady_step(player: Player, program: StepProgram, staleness: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Parts and busy seconds of a step that begins with pushes of ``staleness`` steps under way, and leaves as many behind.
+
+    Steps are played until they wait for pushes of steps that were played too. Pushes that take longer than all else hold steps up
+    one after another, until each takes as long as its pushes.
+    """
+    for _ in range(staleness + 2):
+        player.parts, player.busy = dict.fromkeys(TIME_PARTS, 0.0), [0.0] * len(STREAMS)
+        for section in program.step:
+            player.play(section)
+        grow_older(player.tags, staleness)
+        player.clocks[_HOST] = player.clocks[0] = max(player.clocks[0], player.clocks[_HOST])
+    pushing_s = player.busy[INDEX["reduce"]]
+    player.parts["exposed_reduce"] += max(0.0, pushing_s - sum(player.parts.values()))
+    return player.parts, dict(zip(STREAMS, player.busy, strict=True))
+
+
+def bound_of(parts: dict[str, float]) -> str:
     groups = {
         "compute": parts["forward"] + parts["backward"] + parts["recompute"],
         "gather": parts["exposed_gather"],
@@ -99,11 +127,12 @@ def _bound(parts: dict[str, float]) -> str:
         "other communication": parts["exposed_other_comm"],
         "optimizer": parts["optimizer"],
         "offload": parts["offload"],
+        "pipeline bubble": parts["pipeline_bubble"],
     }
     return max(groups, key=lambda name: groups[name])
 
 
-class _Player:
+class Player:
     """Clocks of one step. Events are compiled to tuples once; an iteration of a section only adds and compares."""
 
     def __init__(self, durations: Durations, *, serial: bool) -> None:
@@ -131,23 +160,22 @@ class _Player:
         return self.parts, dict(zip(STREAMS, self.busy, strict=True))
 
     def play(self, section: Section) -> None:
-        code = self._compile(section)
-        run = self._run_serial if self.serial else self._run
+        code, run = self.compile(section.events), self.run
         left = section.repeat
         previous: list[float] | None = None
         while left > 0:
-            before = self._state()
+            before = self.state()
             run(code)
             left -= 1
-            advance = _difference(self._state(), before)
-            if previous is not None and left > 2 and not self.host_log and _same(advance, previous):
-                saved = self._save()
-                self._shift(advance, left - 1)
-                before = self._state()
+            advance = difference(self.state(), before)
+            if previous is not None and left > 2 and not self.host_log and same(advance, previous):
+                saved = self.save()
+                self.shift(iter(advance), left - 1)
+                before = self.state()
                 run(code)
-                if _same(_difference(self._state(), before), advance):
+                if same(difference(self.state(), before), advance):
                     return
-                self._restore(saved)
+                self.restore(saved)
                 for _ in range(left):
                     run(code)
                 return
@@ -155,11 +183,11 @@ class _Player:
 
     # ---- state, for repeats ---------------------------------------------------------------------------------------
 
-    def _state(self) -> list[float]:
+    def state(self) -> list[float]:
         """Everything that decides the next iteration or adds up over iterations."""
         return [*self.clocks, *(x for r in self.tags.values() for x in r[:2]), *self.parts.values(), *self.busy]
 
-    def _save(self) -> tuple[Any, ...]:
+    def save(self) -> tuple[Any, ...]:
         return (
             list(self.clocks),
             dict(self.tags),
@@ -169,12 +197,11 @@ class _Player:
             list(self.last_part),
         )
 
-    def _restore(self, saved: tuple[Any, ...]) -> None:
+    def restore(self, saved: tuple[Any, ...]) -> None:
         self.clocks, self.tags, self.parts, self.busy, self.host_log, self.last_part = saved
 
-    def _shift(self, advance: list[float], times: int) -> None:
-        """Move the state on by ``times`` iterations that each advance it by ``advance`` (ordered as ``_state``)."""
-        moves = iter(advance)
+    def shift(self, moves: Iterator[float], times: int) -> None:
+        """Move the state on by ``times`` iterations that each advance it by the next of ``moves`` (ordered as ``state``)."""
         self.clocks = [c + times * next(moves) for c in self.clocks]
         for tag, (end, start, part, before) in list(self.tags.items()):
             self.tags[tag] = (end + times * next(moves), start + times * next(moves), part, before)
@@ -184,13 +211,13 @@ class _Player:
 
     # ---- compiling ------------------------------------------------------------------------------------------------
 
-    def _compile(self, section: Section) -> list[tuple[Any, ...]]:
-        """The section's events as tuples; hot, so it tests the commonest kinds first and looks up instead of calling."""
+    def compile(self, events: Sequence[Event]) -> list[tuple[Any, ...]]:
+        """``events`` as tuples; hot, so it tests the commonest kinds first and looks up instead of calling."""
         d, passes = self.durations, self._passes
         issue_s, units = d.issue_s, d.costs
         code: list[tuple[Any, ...]] = []
         event: Any
-        for event in section.events:
+        for event in events:
             kind = type(event)
             if kind is Alloc or kind is Free:
                 continue
@@ -202,38 +229,50 @@ class _Player:
                 code += passes[key]
             elif kind is Wait:
                 stream, tag = event
-                code.append((_HOST_WAIT, tag) if stream == "host" else (_WAIT, _INDEX[stream], tag))
+                code.append((_HOST_WAIT, tag) if stream == "host" else (_WAIT, INDEX[stream], tag))
             elif kind is Collective:
                 op, purpose, _, n_bytes, stream, tag, span, _ = event
                 seconds = d.collective(op, n_bytes, span)
-                code.append((_WORK, _INDEX[stream], seconds, issue_s, _COLLECTIVE_PART[purpose], tag))
+                code.append((_WORK, INDEX[stream], seconds, issue_s, COLLECTIVE_PART[purpose], tag))
             elif kind is Copy:
                 stream, _, _, n_bytes, tag = event
-                code.append((_WORK, _INDEX[stream], d.copy(stream, n_bytes), issue_s, "offload", tag))
+                code.append((_WORK, INDEX[stream], d.copy(stream, n_bytes), issue_s, "offload", tag))
             else:
                 code.append(self._kernel(event))
         return code
 
     def _kernel(self, event: Any) -> tuple[Any, ...]:
         d = self.durations
+        if isinstance(event, PickRows | AddRows):
+            return (_WORK, 0, d.rows(event), d.issue_s, "exposed_reduce", None)
         if isinstance(event, Pack | Unpack | Keep):
-            part = "exposed_gather" if isinstance(event, Keep) else _COLLECTIVE_PART[event.purpose]
+            part = "exposed_gather" if isinstance(event, Keep) else COLLECTIVE_PART[event.purpose]
             return (_WORK, 0, d.compression(event), d.issue_s, part, None)
+        if isinstance(event, Blend):
+            return (_WORK, 0, d.blend(event.numel), d.issue_s, "exposed_reduce", None)
+        if isinstance(event, SumPieces):
+            return (_WORK, 0, d.sum_pieces(event), d.issue_s * event.pieces, "exposed_reduce", None)
         if isinstance(event, Accumulate):
             return (_WORK, 0, d.accumulate(event.n_bytes), d.issue_s, "backward", None)
+        if isinstance(event, Commit):
+            return (_HOST_WORK, d.commit(), "offload", None)
         tag = ("update" if isinstance(event, Update) else "square", event.group)
         on_host = event.stream == "host"
         if event.stream == "worker":
-            return (_WORK, _INDEX["worker"], d.update(event.numel, True), 0.0, "offload", tag)
+            return (_WORK, INDEX["worker"], d.update(event.numel, True), 0.0, "offload", tag)
         if isinstance(event, Update):
             seconds = d.update(event.numel, on_host)
         else:
             seconds = d.grad_norm(event.n_bytes, on_host)
         if on_host:
             return (_HOST_WORK, seconds, "offload", tag)
-        return (_WORK, _INDEX[event.stream], seconds, d.issue_s, "optimizer", tag)
+        return (_WORK, INDEX[event.stream], seconds, d.issue_s, "optimizer", tag)
 
     # ---- running --------------------------------------------------------------------------------------------------
+
+    def run(self, code: list[tuple[Any, ...]]) -> None:
+        """Play ``code``, which ``compile`` made."""
+        (self._run_serial if self.serial else self._run)(code)
 
     def _run_serial(self, code: list[tuple[Any, ...]]) -> None:
         """One clock, except that the hidden share of a collective runs on its own until it is waited for."""
@@ -367,12 +406,12 @@ class _Player:
         self.parts[part] += max(0.0, rest)
 
 
-def _difference(after: list[float], before: list[float]) -> list[float]:
+def difference(after: list[float], before: list[float]) -> list[float]:
     """Advance per component; tags that appeared in between make the lengths differ (and the advance unlike any other)."""
     return [a - b for a, b in zip(after, before, strict=True)] if len(after) == len(before) else []
 
 
-def _same(a: list[float], b: list[float]) -> bool:
+def same(a: list[float], b: list[float]) -> bool:
     """Equal advances, up to rounding."""
     if not a or len(a) != len(b):
         return False

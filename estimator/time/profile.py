@@ -127,11 +127,15 @@ class OptimizerPoint(NamedTuple):
     source: str = ""
 
 
+COMMIT = "commit"
+"""Name of the overhead of making a version of an optimizer's files last: data and commit record synchronised, and renamed."""
+
+
 class FilePoint(NamedTuple):
     """Direct (uncached) file input and output by ``queue`` threads, each with one block under way."""
 
     direction: str
-    """``read`` or ``write``."""
+    """``read``, ``write``, or ``checksum``: CRC-32 of blocks in memory, as of every block that is read or written."""
     block_bytes: int
     queue: int
     bytes_per_s: float
@@ -143,7 +147,7 @@ class OverheadPoint(NamedTuple):
     """Seconds of something that moves no data to speak of."""
 
     name: str
-    """``launch``: the host issues one kernel; ``kernel``: the device runs a kernel that does nothing, others queued
+    """``commit``: see ``COMMIT``; ``launch``: the host issues one kernel; ``kernel``: the device runs a kernel that does nothing, others queued
     behind it; ``cached_alloc``: the allocator hands out and takes back a block that it keeps; ``segment_alloc``: it
     gets a fresh segment of ``bytes`` from the driver."""
     seconds: float

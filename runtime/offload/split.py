@@ -19,13 +19,13 @@ def whole_shard(storage: GroupStorage) -> Shard:
         master=storage.master,
         grads=storage.step_grads,
         states=[tensors[b.role] for b in storage.buffers.optimizer_states],
-        target=storage.step_params if "master" in tensors and storage.dtype != torch.float32 else None,
+        target=storage.step_params if "master" in tensors and tensors["master"].dtype != storage.dtype else None,
         temp=tensors.get("update_temp"),
     )
 
 
 def device_part(storage: GroupStorage) -> Shard:
-    """What the device steps where the host steps the rest; the parameters themselves are the fp32 masters where there are none."""
+    """What the device steps where the host steps the rest; the parameters themselves are the masters where there are none."""
     part, tensors = storage.buffers.device_part, storage.tensors
     assert part is not None
     return Shard(
@@ -43,7 +43,7 @@ def _device_master(storage: GroupStorage, numel: int) -> Tensor:
 
 
 def masters_of(storage: GroupStorage) -> Tensor:
-    """fp32 parameters of the rank's whole shard; a copy on the host where two places step them."""
+    """What the optimizer steps of the rank's whole shard; a copy on the host where two places step them."""
     part = storage.buffers.device_part
     if storage.files is not None:
         return storage.files.masters(storage)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from estimator.errors import InputError
 from estimator.job.strategy import Strategy
-from estimator.schedule.events import Copy, Span
+from estimator.schedule.events import Copy
 from estimator.schedule.nvme import N_SLOTS, record_bytes
+from estimator.schedule.ranks import sharers
 from runtime.context import has_data, managed_memory
 from runtime.offload.direct import aligned_bytes
 from runtime.offload.nvme import Done, StateFiles, Transfer, Version
@@ -134,7 +135,7 @@ class NvmeStates:
             return memory.view(torch.float32)[:numel]
 
     @torch.no_grad()
-    def restore(self, comm: Communicator, n_shards: int) -> int:
+    def restore(self, comm: Communicator, ep: int) -> int:
         """Fill the parameters from the last version that every rank holds whole; the optimizer steps that made it. A collective
         call."""
         assert self.files is not None and self.resumed is not None
@@ -147,10 +148,12 @@ class NvmeStates:
             kept = storage.tensors.get("kept_params")
             if kept is not None:
                 kept.copy_(shard)
-            elif n_shards == 1:
+            elif storage.group.n_shards == 1:
                 storage.tensors["full_params"].copy_(shard)
             else:
-                comm.gather_now(storage.tensors["full_params"], shard.contiguous(), Span(n_shards))
+                comm.gather_now(
+                    storage.tensors["full_params"], shard.contiguous(), sharers(storage.group, comm.mesh, ep)
+                )
         assert self.files.version is not None
         return int(self.files.version.note["steps"])
 

@@ -8,20 +8,37 @@ from pathlib import Path
 import pytest
 
 from estimator.errors import InputError
-from estimator.job.hf import load_config, spec_from_config
-from estimator.job.hf_families import FAMILIES
+from estimator.job.encoder import Encoder
+from estimator.job.experts import Experts
+from estimator.job.hf import FAMILIES, load_config, spec_from_config
+from estimator.job.latent import LatentAttention
 from estimator.sharding.units import count_params, model_units
 
 DATA = Path(__file__).parents[1] / "data"
 PUBLISHED = json.loads((DATA / "hf_published.json").read_text())
 """Shapes of published models and their published (Llama 2: computed) parameter counts."""
 SMALL = json.loads((DATA / "hf_small.json").read_text())
-"""Random small configs of every family; counts of the model that transformers 5.23 builds from them."""
+"""Random small configs of every family; counts of the model that transformers 5.23 builds from them (``deepseek``, which has no class
+there: added up by hand)."""
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4,
     "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 100, "max_position_embeddings": 32,
 }  # fmt: skip
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2,
+           "num_local_experts": 8}  # fmt: skip
+QWEN_MOE = {**MIXTRAL, "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_hidden_layers": 4}
+DEEPSEEK = {
+    **LLAMA, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "n_routed_experts": 8,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+}  # fmt: skip
+BERT = {"model_type": "bert", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96,
+        "vocab_size": 100, "max_position_embeddings": 32}  # fmt: skip
+T5 = {"model_type": "t5", "is_encoder_decoder": True, "d_model": 64, "d_kv": 8, "num_heads": 4, "d_ff": 96, "num_layers": 2,
+      "vocab_size": 100}  # fmt: skip
+BART = {"model_type": "bart", "is_encoder_decoder": True, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+        "vocab_size": 100, "max_position_embeddings": 32}  # fmt: skip
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 32, "vocab_size": 100}
 
 
@@ -81,6 +98,54 @@ def test_mpt_follows_its_own_keys() -> None:
     assert "attn_type" in refusal({**mpt, "attn_config": {"attn_type": "multiquery_attention"}})
 
 
+def test_experts_are_read() -> None:
+    specs = {entry["name"]: spec_from_config(entry["config"]) for entry in PUBLISHED}
+    mixtral = specs["Mixtral-8x7B-v0.1"]
+    assert mixtral.experts == Experts(n_experts=8, per_token=2, d_ff=14336, balance_loss=0.02)
+    v3 = specs["DeepSeek-V3"]
+    assert v3.experts == Experts(
+        n_experts=256, per_token=8, d_ff=2048, shared_d_ff=2048, first_layer=3, scoring="sigmoid", scale=2.5, n_groups=8,
+        groups_per_token=4, selection_bias=True,
+    )  # fmt: skip
+    assert v3.latent == LatentAttention(
+        kv_rank=512, q_rank=1536, nope_head_dim=128, rope_head_dim=64, value_head_dim=128
+    )
+    assert (v3.head_dim, v3.rotary_dim, v3.n_kv_heads, v3.d_ff) == (192, 64, 128, 18432)
+    lite = specs["DeepSeek-V2-Lite"]
+    assert lite.latent is not None and lite.latent.q_rank == 0, "null means none"
+    assert lite.experts is not None and (lite.experts.n_groups, lite.experts.normalise) == (1, False)
+    oss = specs["gpt-oss-20b"]
+    assert oss.attn_sinks and oss.experts is not None and oss.experts.bias and oss.experts.clamp == 7.0
+    assert [oss.window_of(layer) for layer in range(3)] == [128, 0, 128]
+    absent = spec_from_config({**DEEPSEEK, "kv_lora_rank": 16, "num_hidden_layers": 1})
+    assert absent.latent is not None and absent.latent.q_rank == 1536, "the class's default"
+
+
+def test_layers_with_experts() -> None:
+    def routed(**keys: object) -> list[int]:
+        spec = spec_from_config({**QWEN_MOE, **keys})
+        return [layer for layer in range(spec.n_layers) if spec.experts_of(layer)]
+
+    assert routed() == [0, 1, 2, 3]
+    assert routed(decoder_sparse_step=2) == [1, 3]
+    assert routed(mlp_only_layers=[0, 1]) == [2, 3]
+    assert routed(decoder_sparse_step=9) == []
+
+
+def test_models_with_an_encoder_are_read() -> None:
+    bert = spec_from_config({**BERT, "architectures": ["BertForMaskedLM"]})
+    assert bert.encoder == Encoder(token_types=2) and not bert.pre_norm and bert.head_bias and bert.position_rows == 32
+    roberta = spec_from_config({**BERT, "model_type": "roberta", "type_vocab_size": 1})
+    assert (roberta.position_rows, roberta.max_positions) == (32, 30)
+    t5 = spec_from_config({**T5, "architectures": ["T5WithLMHeadModel"], "num_decoder_layers": 3})
+    assert t5.encoder == Encoder(n_layers=2, relative_buckets=32) and t5.n_layers == 3
+    assert (t5.activation, t5.gated_mlp, t5.d_attn, t5.tied_embeddings) == ("relu", False, 32, True)
+    gated = spec_from_config({**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
+    assert (gated.activation, gated.gated_mlp, gated.tied_embeddings) == ("gelu_tanh", True, False)
+    bart = spec_from_config({**BART, "architectures": ["BartModel"]})
+    assert bart.position_rows == 34 and bart.encoder == Encoder(n_layers=2)
+
+
 def test_opt_350m_norms_come_last() -> None:
     config = {"model_type": "opt", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "ffn_dim": 4096,
               "word_embed_proj_dim": 512, "do_layer_norm_before": False, "vocab_size": 50272,
@@ -119,11 +184,11 @@ def test_windows() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts (8 experts)"),
+        ({"model_type": "dbrx", "num_local_experts": 8}, "mixture of experts (8 experts)"),
         ({"model_type": "new_moe", "n_routed_experts": 64}, "mixture of experts (64 experts)"),
-        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "mt5", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "newseq", "is_encoder_decoder": True}, "encoder-decoder"),
-        ({"model_type": "bert"}, "encoder without a causal decoder"),
+        ({"model_type": "albert"}, "encoder without a causal decoder"),
         ({"model_type": "newbert", "architectures": ["NewBertForMaskedLM"]}, "encoder without a causal decoder"),
         ({"model_type": "vit", "image_size": 224}, "vision tower"),
         ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "vision tower"),
@@ -133,9 +198,19 @@ def test_windows() -> None:
         ({"model_type": "llama\nx"}, "not known here"),
         ({"model_type": 3}, "config.model_type is 3"),
         ({}, "no 'model_type'"),
-        ({"architectures": ["MixtralForCausalLM"]}, "not known here"),
+        ({"architectures": ["GrokForCausalLM"]}, "not known here"),
         ({**LLAMA, "num_experts": 8}, "mixture of experts"),
         ({**GPT2, "moe": {"num_experts": [4]}}, "mixture of experts"),
+        ({**MIXTRAL, "n_shared_experts": 1}, "mixture of experts"),
+        ({**MIXTRAL, "num_experts_per_tok": 9}, "the experts within reach"),
+        ({**MIXTRAL, "num_experts": 4}, "two names of one thing"),
+        ({**QWEN_MOE, "mlp_only_layers": [1]}, "the first layers, so that the others follow regularly"),
+        ({**QWEN_MOE, "mlp_only_layers": [7]}, "numbers of layers below 4"),
+        ({**QWEN_MOE, "use_sliding_window": True, "max_window_layers": 2}, "at least num_hidden_layers = 4"),
+        ({**DEEPSEEK, "moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ({**DEEPSEEK, "topk_method": "noaux_tc"}, "greedy, group_limited_greedy"),
+        ({**DEEPSEEK, "v_head_dim": 200}, "attention kernels take one width"),
+        ({**DEEPSEEK, "model_type": "deepseek", "architectures": None, "kv_lora_rank": 8}, "low-rank"),
         ({**LLAMA, "kv_lora_rank": 512}, "low-rank"),
         ({**LLAMA, "num_nextn_predict_layers": 1}, "multi-token"),
         ({**LLAMA, "qk_norm": True}, "normalises queries"),
@@ -145,6 +220,20 @@ def test_windows() -> None:
         ({**LLAMA, "architectures": ["LlamaModel"]}, "language-model head"),
         ({**LLAMA, "architectures": ["MistralForCausalLM"]}, "LlamaForCausalLM"),
         ({**LLAMA, "architectures": "LlamaForCausalLM"}, "a list of class names"),
+        ({**BERT, "architectures": ["BertModel"]}, "BertForMaskedLM, the encoder with its language-model head"),
+        ({**BERT, "architectures": ["BertForPreTraining"]}, "BertForMaskedLM"),
+        ({**BERT, "architectures": ["BertForSequenceClassification"]}, "BertForMaskedLM"),
+        ({**BERT, "is_decoder": True}, "BERT as a decoder"),
+        ({**BERT, "position_embedding_type": "relative_key"}, "'absolute'"),
+        ({**BERT, "tie_word_embeddings": False}, "not forecast yet; allowed: true"),
+        ({**BERT, "model_type": "roberta", "max_position_embeddings": 2}, "more than pad_token_id + 1 = 2"),
+        ({"model_type": "distilbert", "sinusoidal_pos_embds": True}, "not trained"),
+        ({**T5, "architectures": ["T5EncoderModel"]}, "T5ForConditionalGeneration, the encoder-decoder with its"),
+        ({**T5, "feed_forward_proj": "gated-swiglu"}, "with or without 'gated-'"),
+        ({**T5, "feed_forward_proj": 3}, "config.feed_forward_proj is 3"),
+        ({**T5, "relative_attention_num_buckets": 7}, "even number"),
+        ({**BART, "scale_embedding": True}, "scale_embedding"),
+        ({**BART, "encoder_ffn_dim": 64}, "that of encoder_ffn_dim, 64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -10,13 +10,13 @@ from estimator.predict import flops_of
 from tests.runtime import tiny
 
 
-def mlp() -> Graph:
-    """x[4, 8] -> linear 16 -> ReLU -> linear 8, fp32: x and y are 128 B, h and a 256 B, weights 512 B each."""
+def mlp(activation: str = "gelu") -> Graph:
+    """x[4, 8] -> linear 16 -> GELU -> linear 8, fp32: x and y are 128 B, h and a 256 B, weights 512 B each."""
     g = Graph("fp32", rows=4)
     g.input = g.activation(8)
     with g.call(g.input):
         h = g.linear(g.input, 8, 16, bias=False)
-        g.output = g.linear(g.activate(h, 16, "relu"), 16, 8, bias=False)
+        g.output = g.linear(g.activate(h, 16, activation), 16, 8, bias=False)
     return g
 
 
@@ -25,6 +25,13 @@ def test_forward_keeps_what_backward_reads() -> None:
     # kept: x (already there), h, a; y goes to the next unit
     assert cost.forward_memory.after == {"activations": 256 + 256 + 128}
     assert cost.forward_memory.peak == {"activations": 640}
+
+
+def test_torchs_relu_keeps_its_output() -> None:
+    """Which the product after it keeps in any case: h dies."""
+    cost = unit_cost(mlp("relu"), "none")
+    assert cost.forward_memory.after == {"activations": 256 + 128}
+    assert cost.forward_memory.peak == {"temporaries": 256, "activations": 256}
 
 
 def test_backward_by_hand() -> None:
@@ -39,7 +46,7 @@ def test_backward_by_hand() -> None:
 def test_full_recomputation_keeps_the_input() -> None:
     cost = unit_cost(mlp(), "full")
     assert cost.forward_memory.after == {"activations": 128}
-    # h and a are temporaries: at the last product h is gone (its last use was the ReLU), a and y are there
+    # h and a are temporaries: at the last product h is gone (its last use was the GELU), a and y are there
     assert cost.forward_memory.peak == {"temporaries": 512}
     # replay makes h and a again (the last product only packs), then the first backward node adds 256 + 512
     assert cost.backward_memory.peak == {"activations": 512, "temporaries": 768}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estimator.job import Strategy
+from estimator.job.mesh import Mesh
 from estimator.schedule.buffers import host_numel
 from estimator.schedule.events import Collective, Copy, GradNorm, StepProgram, Update, Wait
 from estimator.schedule.nvme import N_SLOTS, record_bytes
@@ -47,7 +48,7 @@ def test_rules(offload: dict, common: dict, dp: int, n: int, spec: object, fused
     strategy = Strategy(**offload, **common)
     stage = strategy.zero_stage if dp > 1 else 0
     layout = make_layout(model_units(spec), strategy, stage, dp)  # type: ignore[arg-type]
-    program = build_program(layout, strategy, stage, dp, n, fused_step=fused_step)
+    program = build_program(layout, strategy, stage, Mesh(dp=dp), n, fused_step=fused_step)
     _nothing_leaks_and_nothing_is_freed_twice(program)
     _parameters_are_there_when_read(layout, program)
     _every_element_is_stepped_once_and_travels_once(program, layout, strategy)

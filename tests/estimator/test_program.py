@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from estimator.catalog import model
 from estimator.job import ModelSpec, Strategy
+from estimator.job.mesh import Mesh
 from estimator.schedule.events import (
     Accumulate,
     Alloc,
@@ -40,7 +41,7 @@ SPEC = ModelSpec(
 def programme(strategy: Strategy, dp: int = 4, n: int = 1, spec: ModelSpec = SPEC) -> tuple[Layout, StepProgram]:
     stage = strategy.zero_stage if dp > 1 else 0
     layout = make_layout(model_units(spec), strategy, stage, dp)
-    return layout, build_program(layout, strategy, stage, dp, n)
+    return layout, build_program(layout, strategy, stage, Mesh(dp=dp), n)
 
 
 def events(program: StepProgram) -> list:
@@ -134,7 +135,7 @@ def test_rules_of_every_program(strategy: Strategy, dp: int, n: int, spec: Model
     if not any(unit.is_trained for unit in units):
         units[-1] = model_units(spec)[-1]
     layout = make_layout(units, strategy, stage, dp)
-    program = build_program(layout, strategy, stage, dp, n)
+    program = build_program(layout, strategy, stage, Mesh(dp=dp), n)
     _nothing_leaks_and_nothing_is_freed_twice(program)
     _units_run_in_order(program, len(units), n, next(i for i, unit in enumerate(units) if unit.is_trained))
     _parameters_are_there_when_read(layout, program)

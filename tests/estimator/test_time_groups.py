@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from estimator.job import Job
+from estimator.job.mesh import Span
 from estimator.job.options import JobOptions, build_job
 from estimator.predict import predict
-from estimator.schedule.events import Span
 from estimator.time.network import CollectiveTimer, timer_over
 from estimator.time.profile import CollectivePoint, HardwareProfile, profile_for
 

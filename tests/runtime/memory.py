@@ -28,19 +28,20 @@ MODELS: dict[str, ModelSpec] = {
 
 def metered(job: Job, device: Device = "meta", rank: int = 0) -> Measurement:
     """What one rank of ``job`` measures; over the fake group where it has several."""
-    if job.dp > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=job.dp)
+    if job.cluster.n_gpus > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=job.cluster.n_gpus)
     try:
         return run_session(job, device, SessionOptions(steps=1, warmup=1), rank=rank)
     finally:
-        if job.dp > 1:
+        if job.cluster.n_gpus > 1:
             dist.destroy_process_group()
 
 
 def check(job: Job, rank: int = 0) -> Measurement:
     """A ``meta`` run of ``job``, whose live bytes are the forecast's."""
     got = metered(job, rank=rank)
-    compare(got, memory_of(lay_out(job)))
+    is_server = job.mesh.data_place(rank) < job.strategy.n_servers
+    compare(got, memory_of(lay_out(job, is_server=is_server)))
     return got
 
 
@@ -50,7 +51,8 @@ def compare(got: Measurement, want: StepMemory) -> None:
     assert want.host_peak_bytes == got.host_bytes
     assert want.peak_bytes == pytest.approx(got.peak_allocated_bytes, rel=1e-3)
     for category in ("activations", "logits_loss"):
-        assert want.category_peak_bytes[category] == pytest.approx(got.category_peak_bytes[category], rel=1e-3)
+        held = want.category_peak_bytes.get(category, 0)  # the first ranks of a pipeline have no loss
+        assert held == pytest.approx(got.category_peak_bytes.get(category, 0), rel=1e-3, abs=64)
     assert want.peak_where == got.peak_where
     assert want.phase_peak_bytes.keys() == got.phase_peak_bytes.keys()
     for phase, n_bytes in got.phase_peak_bytes.items():

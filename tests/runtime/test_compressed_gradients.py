@@ -10,9 +10,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from estimator.errors import InputError
 from estimator.job import ModelSpec, Strategy
+from estimator.job.mesh import Span
 from estimator.job.options import JobOptions, build_job
 from estimator.predict import lay_out, memory_of, predict
-from estimator.schedule.events import Collective, Span
+from estimator.schedule.events import Collective
 from estimator.time.player import time_of
 from estimator.time.profile import profile_for
 from runtime import initialize

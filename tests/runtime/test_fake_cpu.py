@@ -15,16 +15,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from estimator.job import Job, Strategy
 from runtime.session import SessionOptions, run_session
-from tests.runtime import tiny
+from tests.runtime import experts, tiny
 from tests.runtime.groups import run_ranks
 from tests.runtime.parity_worker import gloo_group
 
 MEMORY = ("peak_allocated_bytes", "peak_phase", "peak_where", "category_bytes_at_peak", "category_peak_bytes",
           "phase_peak_bytes", "phase_category_bytes", "host_bytes", "collective_bytes", "collective_calls", "copy_bytes")  # fmt: skip
 
-MODELS = {spec.name.removeprefix("tiny-"): spec for spec in tiny.ALL}
+MODELS = {spec.name.removeprefix("tiny-"): spec for spec in (*tiny.ALL, *experts.ALL)}
 _AXES = {
-    "model": tuple(MODELS),
+    "model": tuple(MODELS)[: len(tiny.ALL)],
     "zero": (0, 1, 2, 3),
     "dtype": ("fp32", "bf16", "fp16"),
     "offload": ("none", "optimizer", "optimizer,param"),

@@ -24,6 +24,15 @@ CASES: list[dict[str, Any]] = [
     {"zero_stage": 0, "grad_compression": "one_bit", "dtype": "bf16", "grad_dtype": "fp32"},
     {"zero_stage": 1, "grad_compression": "one_bit", "dtype": "fp32", "offload": "optimizer"},
     {"zero_stage": 1, "grad_compression": "adacomp", "dtype": "bf16"},
+    {"zero_stage": 0, "grad_compression": "one_bit", "compression_warmup_steps": 1, "grad_clip": 0.0, "dtype": "bf16"},
+    {
+        "zero_stage": 2,
+        "shard_size": 2,
+        "dtype": "bf16",
+        "master_dtype": "model",
+        "state_dtype": "model",
+        "offload": "optimizer",
+    },
 ]
 
 

@@ -22,7 +22,7 @@ def hollow_decoder(spec: ModelSpec) -> Decoder:
     with torch.device("meta"):
         model = Decoder(spec)
     hollow(model, CPU)
-    model.fill_rotary_tables()
+    model.fill_tables()
     return model
 
 

@@ -13,8 +13,9 @@ import torch.multiprocessing as mp
 
 from estimator.errors import InputError
 from estimator.job import Strategy
+from estimator.job.mesh import Span
 from estimator.predict import lay_out
-from estimator.schedule.events import Alloc, Collective, Span
+from estimator.schedule.events import Alloc, Collective
 from runtime.comm import Communicator
 from runtime.reference import TOLERANCES, relative_difference
 from tests.runtime import tiny

@@ -9,8 +9,9 @@ import torch
 
 from estimator.errors import InputError
 from estimator.job import Strategy
+from estimator.job.mesh import Span
 from estimator.predict import lay_out, memory_of, predict
-from estimator.schedule.events import Collective, Span
+from estimator.schedule.events import Collective
 from runtime.reference import TOLERANCES, relative_difference
 from tests.runtime import tiny
 from tests.runtime.grouped import Case, assert_traffic_is_forecast, case, joined, train

@@ -45,6 +45,8 @@ def job(
 ) -> Job:  # fmt: skip
     cluster = Cluster(gpu=gpu(arch), n_gpus=world, gpus_per_node=min(world, 8), internode_bytes_per_s=5e10, host=HOST)
     workload = Workload(
-        seq_len=seq_len, micro_batch_size=micro_batch, global_batch_size=micro_batch * world * n_micro_batches
+        seq_len=seq_len,
+        micro_batch_size=micro_batch,
+        global_batch_size=micro_batch * (world // strategy.model_parallel) * n_micro_batches,
     )
     return Job(model=model, workload=workload, strategy=strategy, cluster=cluster)

@@ -54,7 +54,7 @@ def test_a_gpu_is_measured_in_everything_that_a_step_does() -> None:
     assert copies == ways | {("d2d", True)}
     assert {t.sizes[0] for t in tasks if t.kind == "optimizer"} == {1, 2, 4, 6}
     assert {t.name for t in tasks if t.kind == "overhead"} == {"launch", "kernel", "cached_alloc", "segment_alloc"}
-    assert {t.name for t in tasks if t.kind == "file"} == {"read", "write"}
+    assert {t.name for t in tasks if t.kind == "file"} == {"read", "write", "checksum", "commit"}
     assert len({t.sizes[:2] for t in tasks if t.kind == "file"}) >= 9, "block sizes x queues"
     assert not [t for t in tasks if t.kind == "collective"]
     both = tasks_for("cuda", 2, ("bf16",), "full")
@@ -274,7 +274,7 @@ def _no_file_is_kept() -> Any:
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no O_DIRECT on this system")
-@pytest.mark.parametrize("way", ["read", "write"])
+@pytest.mark.parametrize("way", ["read", "write", "checksum"])
 def test_files_are_read_and_written_directly(way: str, tmp_path: Path) -> None:
     task = Task("file", way, "fp32", (64 << 10, 2, 1 << 20))
     try:
@@ -287,6 +287,23 @@ def test_files_are_read_and_written_directly(way: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "the file has no name: nothing is left of it"
     assert prepared.after is not None
     prepared.after()
+
+
+def test_a_version_is_committed_as_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "file_system", lambda folder: "ext4")
+    prepared = measure.prepare(Task("file", "commit", "fp32", (64 << 10, 1, 1 << 20)), "cpu", tmp_path)
+    assert prepared.work == 1 and prepared.on_host and prepared.before is not None and prepared.after is not None
+    for number in range(3):
+        prepared.before()
+        prepared.call()
+        (folder,) = tmp_path.iterdir()
+        versions = json.loads((folder / "commit.json").read_text().split("\n", 1)[1])["versions"]
+        assert versions[-1]["number"] == number and len(versions[-1]["checksums"][0]) == 8 * files._COMMIT_BLOCKS
+    prepared.after()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(files, "file_system", lambda folder: "tmpfs")
+    with pytest.raises(Skip, match="on tmpfs, which is memory"):
+        measure.prepare(Task("file", "commit", "fp32", (64 << 10, 1, 1 << 20)), "cpu", tmp_path)
 
 
 def test_a_file_system_that_refuses_direct_access_is_skipped_not_replaced(
@@ -342,6 +359,8 @@ def results() -> dict[str, dict[str, Any]]:
         (Task("host", "autograd_op", "fp32"), 100.0),
         (Task("optimizer", "step", "bf16", (2, 64)), 64.0),
         (Task("file", "read", "fp32", (4096, 4, 1 << 20)), 8192.0),
+        (Task("file", "checksum", "fp32", (4096, 1, 1 << 20)), 4096.0),
+        (Task("file", "commit", "fp32", (4096, 1, 1 << 20)), 1.0),
         (Task("overhead", "segment_alloc", "fp32", (MIB,)), 1.0),
         (Task("overhead", "launch", "fp32", (0,)), 400.0),
     ):
@@ -360,8 +379,8 @@ def test_points_of_a_profile(tmp_path: Path) -> None:
     assert [p[:4] for p in profile.copies] == [("h2d", 4096, 2048.0, True), ("both", 4096, 2048.0, False)]
     assert profile.host_points[0].adam_elements_per_s == 500.0
     assert profile.optimizer_steps[0][:3] == (2, "bf16", 32.0)
-    assert profile.files[0][:4] == ("read", 4096, 4, 4096.0)
-    assert [p[:3] for p in profile.overheads] == [("segment_alloc", 2.0, MIB), ("launch", 0.005, 0)]
+    assert [p[:4] for p in profile.files] == [("read", 4096, 4, 4096.0), ("checksum", 4096, 1, 2048.0)]
+    assert [p[:3] for p in profile.overheads] == [("commit", 2.0, 0), ("segment_alloc", 2.0, MIB), ("launch", 0.005, 0)]
     assert profile.files[0].spread == 0.5 and profile.spread["file"] == 0.5
     assert profile.versions["torch"] == torch.__version__
     save_profile(profile, tmp_path / "p.json")

@@ -15,7 +15,7 @@ from estimator.units import GIB
 from validator import suites
 from validator.suites import Boundary, Place, Suite, expand, load_suite, suite_names
 
-H200 = Place(gpu_here="h200", free_host_bytes=120 * GIB)
+H200 = Place(gpu_here="h200", free_host_bytes=120 * GIB, nvme_folder="nvme")
 
 
 def local_machine() -> Place:
@@ -53,7 +53,9 @@ def test_a_shipped_suite_runs_on_its_machine(name):
     allowed = ("the same step as", "it would pin")
     assert [item.reason for item in plan.left_out if not item.reason.startswith(allowed)] == []
     fitting = [b.forecast() > 0 for b in plan.boundaries] + [
-        bool(predict(c.job).fits) for c in plan.cases[:40] if c.on_cuda
+        bool(predict(c.job).fits)
+        for c in plan.cases[:40]
+        if c.on_cuda and not c.nvme_folder  # whose time is not known
     ]
     assert not fitting or sum(fitting) / len(fitting) > 0.6
 

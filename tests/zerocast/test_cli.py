@@ -56,8 +56,8 @@ def test_job_flags_are_the_same_everywhere() -> None:
     assert flags("predict") == flags("plan") == flags("measure")
     assert flags("predict") == [
         "--model", "--gpu", "--gpus", "--gpus-per-node", "--zero", "--offload", "--offload-fraction", "--delayed-update",
-        "--recompute", "--dtype", "--grad-dtype", "--persistent-numel", "--kernels-off", "--shard-size",
-        "--quantized-weights", "--secondary-shard", "--quantized-grads", "--grad-compression", "--tp", "--pp", "--cp", "--ep",
+        "--recompute", "--recompute-every", "--activation-offload", "--dtype", "--grad-dtype", "--persistent-numel", "--kernels-off", "--shard-size",
+        "--quantized-weights", "--secondary-shard", "--quantized-grads", "--grad-compression", "--tp", "--pp", "--cp", "--cp-kind", "--ep",
         "--seq-len", "--micro-batch", "--global-batch", "--job",
     ]  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 from estimator.errors import InputError
 from estimator.job.cluster import Gpu, Host
 from estimator.time.profile import (
+    COMMIT,
     AttentionPoint,
     BandwidthPoint,
     CollectivePoint,
@@ -112,6 +113,8 @@ def _point(task: Task, workers: int, threads: int, work: float, seconds: float, 
         return "collectives", CollectivePoint(task.name, workers, 1, int(work), seconds, task.dtype, spread)
     if task.kind == "optimizer":
         return "optimizer_steps", OptimizerPoint(sizes[0], task.dtype, rate, spread)
+    if task.kind == "file" and task.name == COMMIT:
+        return "overheads", OverheadPoint(COMMIT, seconds / work, 0, spread)
     if task.kind == "file":
         return "files", FilePoint(task.name, sizes[0], sizes[1], rate, spread)
     assert task.kind == "overhead", task

@@ -59,7 +59,7 @@ def _lines(profile: HardwareProfile) -> Iterator[str]:
             if p.dtype == dtype
         )
         yield f"offloaded step in {dtype} by threads: {', '.join(rates)}"
-    for direction in ("read", "write"):
+    for direction in ("read", "write", "checksum"):
         files = [p for p in profile.files if p.direction == direction]
         if files:
             top_file = max(files, key=lambda p: p.bytes_per_s)

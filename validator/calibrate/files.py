@@ -5,20 +5,25 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from estimator.errors import InputError
 from estimator.schedule.nvme import FILE_ALIGNMENT_BYTES
+from estimator.time.profile import COMMIT
 from estimator.units import MIB, format_bytes
-from runtime.offload.direct import IN_MEMORY, file_system, open_direct
+from runtime.offload.direct import IN_MEMORY, aligned_bytes, file_system, open_direct
+from runtime.offload.nvme import StateFiles
 from validator.calibrate.prepared import Prepared, Skip
 from validator.calibrate.tasks import Task
 
 _CALL_BYTES = 64 * MIB
 """About what one timed call moves; less where blocks are small, so that slow disks finish."""
 _CALL_BLOCKS = 256
+_COMMIT_BLOCKS = 16
 
 
 def require_folder(folder: str | Path) -> Path:
@@ -31,9 +36,11 @@ def require_folder(folder: str | Path) -> Path:
 
 def prepare_file(task: Task, folder: Path) -> Prepared:
     """``task.sizes``: block bytes, queue, file bytes. ``queue`` threads go through a file in ``folder``, each with one
-    block under way."""
+    block under way; or they take checksums of blocks in memory; or a version is committed (``COMMIT``)."""
+    if task.name == COMMIT:
+        return _commits(folder, task.sizes[0])
     block_bytes, queue, file_bytes = task.sizes
-    file = _scratch(folder, file_bytes)
+    file = _scratch(folder, file_bytes) if task.name != "checksum" else -1
     blocks = max(queue, min(_CALL_BLOCKS, _CALL_BYTES // block_bytes) // queue * queue)
     buffers = [_aligned(block_bytes) for _ in range(queue)]
     threads = ThreadPoolExecutor(queue)
@@ -43,6 +50,9 @@ def prepare_file(task: Task, folder: Path) -> Prepared:
     def work(lane: int, first: int) -> None:
         for i in range(lane, blocks, queue):
             offset = (first + i) % n_places * block_bytes
+            if task.name == "checksum":
+                zlib.crc32(buffers[lane])
+                continue
             if task.name == "read":
                 n = os.preadv(file, [buffers[lane]], offset)
             else:
@@ -56,6 +66,28 @@ def prepare_file(task: Task, folder: Path) -> Prepared:
             done.result()
 
     return Prepared(call, float(blocks * block_bytes), on_host=True, after=threads.shutdown)
+
+
+def _commits(folder: Path, block_bytes: int) -> Prepared:
+    """Ends a version of an optimizer's files; before that, untimed, ``_COMMIT_BLOCKS`` blocks of it are written."""
+    if file_system(folder) in IN_MEMORY:
+        raise Skip(f"{str(folder)!r} is on {file_system(folder)}, which is memory, not a disk")
+    place = TemporaryDirectory(prefix=".zerocast-calibrate-", dir=folder)
+    memory = aligned_bytes(_COMMIT_BLOCKS * block_bytes)
+    try:
+        files = StateFiles(Path(place.name), [len(memory)], block_bytes=block_bytes)
+    except InputError as error:
+        place.cleanup()
+        raise Skip(str(error)) from None
+
+    def after() -> None:
+        files.close()
+        place.cleanup()
+
+    memory.zero_()
+    return Prepared(
+        lambda: files.commit({}), 1.0, on_host=True, before=lambda: files.write(0, memory).wait(), after=after
+    )
 
 
 @lru_cache(maxsize=1)

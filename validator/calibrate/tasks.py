@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from estimator.schedule.nvme import IO_BLOCK_BYTES, IO_QUEUE
+from estimator.time.profile import COMMIT
 from estimator.units import format_bytes
 from validator.calibrate import sizes as of
 
@@ -24,7 +26,7 @@ class Task(NamedTuple):
     ``copy`` (bytes,); ``optimizer`` (threads, elements); ``file`` (block bytes, queue, file bytes); ``overhead`` (bytes,); ``host`` ()."""
     name: str
     """Layout of a product; ``forward``/``backward`` of attention; a kernel of ``validator.kernels``; a collective; the
-    direction of a copy or file; what a host figure or overhead is of."""
+    direction of a copy or file, ``checksum`` of its blocks, ``commit`` of a version; what a host figure or overhead is of."""
     dtype: str
     sizes: tuple[int, ...] = ()
     backward: bool = False
@@ -193,4 +195,6 @@ def _overheads(device: str) -> list[Task]:
 def _files(quick: bool) -> list[Task]:
     blocks, queues = (of.QUICK_BLOCKS, of.QUICK_QUEUES) if quick else (of.BLOCKS, of.QUEUES)
     size = of.QUICK_FILE_BYTES if quick else of.FILE_BYTES
-    return [Task("file", way, "fp32", (b, q, size)) for q in queues for b in blocks for way in ("read", "write")]
+    moved = [Task("file", way, "fp32", (b, q, size)) for q in queues for b in blocks for way in ("read", "write")]
+    sums = [Task("file", "checksum", "fp32", (IO_BLOCK_BYTES, q, size)) for q in (1, IO_QUEUE)]
+    return [*moved, *sums, Task("file", COMMIT, "fp32", (IO_BLOCK_BYTES, 1, size))]

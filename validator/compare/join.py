@@ -107,7 +107,7 @@ def predict_for(report: StepReport, profile: Any = None) -> StepReport:
         raise InputError(f"the record of job {report.job_key} does not hold its job, so it cannot be predicted again")
     from estimator.predict import predict
 
-    return predict(job_from_dict(report.job), profile=profile)
+    return predict(job_from_dict(report.job), profile=profile, rank=report.rank)
 
 
 def _rank_correlations(rows: Sequence[Row], settings: Mapping[str, Mapping[str, str]]) -> dict[str, float | None]:

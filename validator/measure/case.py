@@ -61,12 +61,12 @@ class Case:
         if type(self.reference) is not bool or (self.reference and self.plays_one_rank):
             alone = f"false with backend {self.backend!r}, which plays one rank alone"
             raise invalid("reference", self.reference, alone if self.plays_one_rank else "true or false")
-        needs_files = self.job.strategy.offload_nvme and self.backend != "fake"
-        if needs_files != (self.nvme_folder is not None):
+        with_files = needs_files(self.job, self.backend)
+        if with_files != (self.nvme_folder is not None):
             offload = self.job.strategy.offload
             raise InputError(
                 f"nvme_folder is not given; offload {offload!r} needs a folder for the optimizer's files"
-                if needs_files
+                if with_files
                 else f"nvme_folder is {self.nvme_folder!r} with offload {offload!r} and backend {self.backend!r}; allowed: only with "
                 "offload 'optimizer:nvme' and a backend other than 'fake'"
             )
@@ -74,8 +74,9 @@ class Case:
             raise invalid("warmup", 0, f"at least 1 with backend {self.backend!r}: the peak is read from then on")
         if not self.plays_one_rank and self.rank:
             raise invalid("rank", self.rank, f"0 with backend {self.backend!r}, which runs every rank")
-        if self.rank >= self.job.dp:
-            raise invalid("rank", self.rank, f"a rank of the {self.job.dp} data-parallel GPUs, 0 to {self.job.dp - 1}")
+        n_gpus = self.job.cluster.n_gpus
+        if self.rank >= n_gpus:
+            raise invalid("rank", self.rank, f"a rank of the {n_gpus} GPUs, 0 to {n_gpus - 1}")
 
     @property
     def plays_one_rank(self) -> bool:
@@ -90,7 +91,7 @@ class Case:
     @property
     def n_processes(self) -> int:
         """Processes that the backend starts."""
-        return 1 if self.plays_one_rank else self.job.dp
+        return 1 if self.plays_one_rank else self.job.cluster.n_gpus
 
     @property
     def threads_per_process(self) -> int:
@@ -103,6 +104,11 @@ class Case:
         return f"{job_label(self.job)}{rank} [{self.backend}]"
 
 
+def needs_files(job: Job, backend: str) -> bool:
+    """Whether a case of ``job`` has an optimizer's files."""
+    return job.strategy.offload_nvme and backend != "fake"
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -113,9 +119,17 @@ def available_cores() -> int:
 def job_label(job: Job) -> str:
     """One short line for people: what differs between the cases of one study."""
     s, w = job.strategy, job.workload
-    parts = [job.model.name, f"{job.dp}x", f"zero{s.zero_stage}", s.dtype, f"seq{w.seq_len}", f"mb{w.micro_batch_size}"]
+    parts = [
+        job.model.name,
+        f"{job.cluster.n_gpus}x",
+        f"zero{s.zero_stage}",
+        s.dtype,
+        f"seq{w.seq_len}",
+        f"mb{w.micro_batch_size}",
+    ]
     if job.n_micro_batches > 1:
         parts.append(f"accum{job.n_micro_batches}")
+    parts += [f"{axis}{getattr(s, axis)}" for axis in ("tp", "pp", "cp", "ep") if getattr(s, axis) > 1]
     if s.offload != "none":
         parts.append("offload=" + s.offload.replace(",", "+"))
     if s.recompute != "none":
@@ -131,8 +145,9 @@ def case_to_dict(case: Case) -> dict[str, Any]:
     return {**data, "job": job_to_dict(case.job)}
 
 
-def case_from_dict(data: Mapping[str, Any]) -> Case:
-    """Inverse of ``case_to_dict``. Raises ``InputError`` on an unknown or missing key or a bad value."""
+def case_from_dict(data: Mapping[str, Any], nvme_folder: str | None = None) -> Case:
+    """Inverse of ``case_to_dict``; ``nvme_folder`` is for a case that needs one and names none. Raises ``InputError`` on an unknown
+    or missing key or a bad value."""
     names = {f.name for f in fields(Case)}
     for key in data:
         if key not in names:
@@ -142,7 +157,9 @@ def case_from_dict(data: Mapping[str, Any]) -> Case:
             raise InputError(f"the case has no field {key!r}")
     if not isinstance(data["job"], dict):
         raise invalid("case.job", data["job"], "a table that describes one job")
-    return Case(**{**data, "job": job_from_dict(data["job"])})
+    job, named = job_from_dict(data["job"]), data.get("nvme_folder")
+    folder = nvme_folder if named is None and needs_files(job, data["backend"]) else named
+    return Case(**{**data, "job": job, "nvme_folder": folder})
 
 
 def write_case(case: Case, path: str | Path) -> None:
@@ -150,8 +167,8 @@ def write_case(case: Case, path: str | Path) -> None:
     Path(path).write_text(json.dumps(case_to_dict(case), indent=1) + "\n", encoding="utf-8")
 
 
-def read_case(path: str | Path) -> Case:
-    """The ``Case`` in a JSON file. Raises ``InputError`` when it cannot be read or is no case."""
+def read_case(path: str | Path, nvme_folder: str | None = None) -> Case:
+    """The ``Case`` in a JSON file (``case_from_dict``). Raises ``InputError`` when it cannot be read or is no case."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -160,4 +177,4 @@ def read_case(path: str | Path) -> Case:
         raise InputError(f"case file {str(path)!r} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"case file {str(path)!r} holds a {type(data).__name__}; allowed: one JSON object")
-    return case_from_dict(data)
+    return case_from_dict(data, nvme_folder)

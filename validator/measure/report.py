@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from estimator.job.files import job_to_dict
-from estimator.predict import model_flops_of
+from estimator.predict import model_flops_of, where_of
 from estimator.report import StepReport
 from estimator.units import format_bytes
 from validator.measure.case import Case
@@ -88,7 +88,7 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
     step_s = statistics.median(steps) if steps else None
     capacity = job.cluster.gpu.memory_bytes if case.backend == "fake" else worst.capacity_bytes
     model_flops, again_flops = model_flops_of(job)
-    real_network = case.backend != "cuda-virtual" or job.dp == 1
+    real_network = case.backend != "cuda-virtual" or job.cluster.n_gpus == 1
     job_step_s = step_s if real_network else None  # seconds of the whole job, network included
     peak_flops = job.cluster.n_gpus * job.cluster.gpu.peak_flops[job.strategy.dtype]
     fits, explanation = _verdict(case, worst.peak_bytes, capacity)
@@ -101,7 +101,7 @@ def build_report(case: Case, results: Sequence[RankResult], origin: dict[str, An
         peak_reserved_bytes=worst.reserved_bytes,
         device_used_bytes=worst.device_used_bytes,
         peak_phase=memory["peak_phase"],
-        peak_where=memory["peak_where"],
+        peak_where=memory["peak_where"] and where_of(job, job.mesh.place("pp", worst.rank), memory["peak_where"]),
         category_bytes_at_peak=worst.categories_at_peak(),
         category_peak_bytes=worst.category_peaks(),
         phase_peak_bytes=dict(memory["phase_peak_bytes"]),
@@ -150,7 +150,7 @@ def _verdict(case: Case, peak_bytes: int | None, capacity_bytes: int | None) -> 
 
     A rank that ran without its network says only that all but the network's own buffers fit.
     """
-    if case.backend == "cuda-virtual" and case.job.dp > 1:
+    if case.backend == "cuda-virtual" and case.job.cluster.n_gpus > 1:
         return None, "it ran without the buffers that the network's library takes"
     if case.backend != "fake":
         return True, None
@@ -161,13 +161,13 @@ def _verdict(case: Case, peak_bytes: int | None, capacity_bytes: int | None) -> 
 
 def _notes(case: Case, results: Sequence[RankResult]) -> tuple[str, ...]:
     if case.backend == "fake":
-        return (f"fake: rank {case.rank} of {case.job.dp} on tensors without data; no time is measured",)
+        return (f"fake: rank {case.rank} of {case.job.cluster.n_gpus} on tensors without data; no time is measured",)
     notes = [
         f"time: median of {case.steps} steps after {case.warmup} for warm-up, slowest rank, memory not metered",
     ]
-    if case.backend == "cuda-virtual" and case.job.dp > 1:
+    if case.backend == "cuda-virtual" and case.job.cluster.n_gpus > 1:
         notes.append(
-            f"cuda-virtual: one GPU plays rank {case.rank} of {case.job.dp}; there is no network: collectives fill their "
+            f"cuda-virtual: one GPU plays rank {case.rank} of {case.job.cluster.n_gpus}; there is no network: collectives fill their "
             "results from the rank's own shard, so step_s holds no communication and no rate of the whole job is given"
         )
     if case.metered:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,15 +88,34 @@ def measure(case: Case, on_progress: OnProgress | None = None) -> StepReport:
             "here, or backend 'fake', which needs one"
         )
     tell(Progress(case=case, stage="start"))
-    with tempfile.TemporaryDirectory(prefix="zerocast-", ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="zerocast-", ignore_cleanup_errors=True) as folder,
+        _nvme_room(case) as nvme_folder,
+    ):
         out, log = Path(folder, "report.json"), Path(folder, "log")
-        write_case(case, Path(folder, "case.json"))
+        write_case(replace(case, nvme_folder=nvme_folder), Path(folder, "case.json"))
         kills_before = _kernel_memory_kills()
         with log.open("wb") as log_file, _process_group(case, out, log_file) as process:
             status = _wait(case, process, out, log, tell)
         report = _result(case, status, out, log, kills_before)
     tell(Progress(case=case, stage="done"))
     return report
+
+
+@contextlib.contextmanager
+def _nvme_room(case: Case) -> Iterator[str | None]:
+    """A folder of the case's own in its ``nvme_folder`` (which is made): gone afterwards, also when its processes were killed."""
+    if case.nvme_folder is None:
+        yield None
+        return
+    try:
+        Path(case.nvme_folder).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix="zerocast-", dir=case.nvme_folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        where = repr(case.nvme_folder)
+        raise InputError(f"nvme_folder is {where}, where no folder can be made: {error.strerror}") from None
+    with folder as name:
+        yield name
 
 
 def measure_many(cases: Sequence[Case], store: Store, on_progress: OnProgress | None = None) -> list[Outcome]:

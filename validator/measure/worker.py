@@ -109,7 +109,7 @@ def _require_parity(case: Case, parity: dict[str, float]) -> None:
     if case.reference:
         from runtime.reference import excess
 
-        what = excess(case.job.strategy.dtype, parity)
+        what = excess(case.job.strategy.dtype, parity, case.job.strategy.n_summands)
         if what is not None:
             raise ParityError(what)
 
@@ -128,12 +128,12 @@ def _local_world() -> int:
 
 def _rank_and_world(case: Case) -> tuple[int, int]:
     if case.plays_one_rank:
-        return case.rank, case.job.dp
+        return case.rank, case.job.cluster.n_gpus
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world != case.job.dp:
+    if world != case.job.cluster.n_gpus:
         raise InputError(
-            f"the case needs {case.job.dp} processes and {world} were started; allowed: torchrun with as many processes "
-            "as the job has data-parallel GPUs"
+            f"the case needs {case.job.cluster.n_gpus} processes and {world} were started; allowed: torchrun with as many "
+            "processes as the job has GPUs"
         )
     return rank, world
 

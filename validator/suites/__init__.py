@@ -24,7 +24,7 @@ from estimator.job.options import JobOptions, build_job
 from estimator.memory.reader import StepMemory
 from estimator.predict import lay_out, memory_of, predict
 from estimator.units import format_bytes
-from validator.measure.case import Case
+from validator.measure.case import Case, needs_files
 
 __all__ = [
     "Boundary", "LeftOut", "Place", "Plan", "Suite", "combinations_of", "expand", "load_suite", "most_informative_first",
@@ -69,6 +69,8 @@ class Place:
     local_gpu: Gpu | None = None
     """This machine as ``calibrate`` measured it: what ``gpu = "cpu"`` means; likewise ``local_host``."""
     local_host: Host | None = None
+    nvme_folder: str | None = None
+    """Where jobs with offload ``optimizer:nvme`` have their files; ``None``: they are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,14 +228,21 @@ def _case(settings: dict[str, Any], place: Place) -> Case:
             raise InputError("gpu is 'here', but this machine has no GPU that torch can use; allowed: a catalogue name")
         options["gpu"] = place.gpu_here
     job = build_job(JobOptions(**options), local_gpu=place.local_gpu, local_host=place.local_host)
-    return Case(job=job, **{key: value for key, value in settings.items() if key in CASE_KEYS})
+    how = {key: value for key, value in settings.items() if key in CASE_KEYS}
+    if needs_files(job, settings["backend"]):
+        how["nvme_folder"] = place.nvme_folder
+    return Case(job=job, **how)
 
 
 def _repeats(case: Case, seen: dict[tuple[str, str, int], Case]) -> str | None:
     """Which of ``seen`` takes the same step as ``case``; ``None`` when none does (it is then added)."""
     identity = (case.backend, _key_in_effect(case.job), case.rank if case.plays_one_rank else 0)
     if identity in seen:
-        same = "on one data-parallel GPU every stage runs as stage 0" if case.job.dp == 1 else "it is listed twice"
+        same = (
+            "on one data-parallel GPU every stage runs as stage 0"
+            if case.job.mesh.n_data == 1
+            else "it is listed twice"
+        )
         return f"the same step as {seen[identity].label}: {same}"
     seen[identity] = case
     return None

@@ -76,7 +76,7 @@ def command(
     if write_case is not None:
         _hand_over(case, write_case, as_json)
         return
-    predicted = predict(job, profile)
+    predicted = predict(job, profile, rank=rank if case.plays_one_rank else None)
     measured = run_case(case, store_path)
     comparison = compare([predicted], [measured])
     if as_json:

@@ -1,0 +1,162 @@
+"""Hugging Face families with an encoder: BERT, RoBERTa, DistilBERT on masked tokens; T5 and BART with a decoder.
+
+T5 is read as its files say, not as transformers 5.23 builds it: ``tie_word_embeddings`` false (T5 v1.1) means a head of its own,
+with which published counts agree; that version of transformers ties it nevertheless.
+"""
+
+from __future__ import annotations
+
+from estimator.errors import InputError
+from estimator.job.encoder import Encoder
+from estimator.job.fields import refuse, shown
+from estimator.job.hf_config import ACTIVATIONS, Config
+from estimator.job.hf_families import Family, Shape, biases
+
+
+def _post_norm(c: Config, n_layers: int, d_model: int, n_heads: int, *, d_ff: int, activation: str) -> Shape:
+    """LayerNorm after attention, MLP and embedding, biases everywhere, a tied head."""
+    if not c.flag("tie_word_embeddings", default=True):
+        raise InputError(
+            f"config.tie_word_embeddings is False with model_type {c.model_type!r}, which is not forecast yet; allowed: true"
+        )
+    return {
+        "n_layers": n_layers,
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_kv_heads": n_heads,
+        "head_dim": d_model // n_heads,
+        "d_ff": d_ff,
+        "vocab_size": c.size("vocab_size"),
+        "positions": "learned",
+        "norm": "layernorm",
+        "norm_bias": True,
+        "activation": activation,
+        "gated_mlp": False,
+        "embedding_norm": True,
+        "final_norm": False,
+        "pre_norm": False,
+        "tied_embeddings": True,
+        **biases(True, True, True),
+    }
+
+
+def _bert(c: Config) -> Shape:
+    if c.flag("is_decoder", default=False):
+        raise InputError("config.is_decoder is True; BERT as a decoder is not forecast yet, allowed: false")
+    kind = c.data.get("position_embedding_type")
+    if kind not in (None, "absolute"):
+        raise refuse("config.position_embedding_type", kind, "'absolute'")
+    d_model = c.size("hidden_size")
+    n_heads, _ = c.heads(d_model, "num_attention_heads")
+    rows = c.size("max_position_embeddings")
+    activation = c.activation("hidden_act", default="gelu")
+    return {
+        **_post_norm(
+            c, c.layers("num_hidden_layers"), d_model, n_heads, d_ff=c.size("intermediate_size"), activation=activation
+        ),
+        "max_positions": rows,
+        "position_rows": rows,
+        "norm_eps": c.number("layer_norm_eps", default=1e-12),
+        "head_bias": True,
+        "encoder": Encoder(token_types=c.size("type_vocab_size", default=2)),
+    }
+
+
+def _roberta(c: Config) -> Shape:
+    shape = _bert(c)
+    first = c.size("pad_token_id", default=1, minimum=0) + 1  # positions are counted from behind the padding token
+    if shape["position_rows"] <= first:
+        raise refuse("config.max_position_embeddings", shape["position_rows"], f"more than pad_token_id + 1 = {first}")
+    return {**shape, "max_positions": shape["position_rows"] - first}
+
+
+def _distilbert(c: Config) -> Shape:
+    """Fixed sinusoids are a table of the same size that is not trained; published models train theirs."""
+    if c.flag("sinusoidal_pos_embds", default=False):
+        raise InputError("config.sinusoidal_pos_embds is True; tables that are not trained are not forecast yet")
+    d_model = c.size("dim", "hidden_size")
+    n_heads, _ = c.heads(d_model, "n_heads", "num_attention_heads")
+    rows = c.size("max_position_embeddings")
+    n_layers = c.layers("n_layers", "num_hidden_layers")
+    activation = c.activation("activation", default="gelu")
+    return {
+        **_post_norm(c, n_layers, d_model, n_heads, d_ff=c.size("hidden_dim"), activation=activation),
+        "max_positions": rows,
+        "position_rows": rows,
+        "norm_eps": 1e-12,
+        "head_bias": True,
+        "encoder": Encoder(),
+    }
+
+
+def _bart(c: Config) -> Shape:
+    if c.flag("scale_embedding", default=False):
+        raise InputError("config.scale_embedding is True, which is not forecast for BART yet; allowed: false")
+    for ours, theirs in (
+        ("decoder_ffn_dim", "encoder_ffn_dim"),
+        ("decoder_attention_heads", "encoder_attention_heads"),
+    ):
+        if c.size(ours) != c.size(theirs):
+            raise refuse(f"config.{ours}", c.data[ours], f"that of {theirs}, {c.data[theirs]}")
+    d_model = c.size("d_model", "hidden_size")
+    n_heads, _ = c.heads(d_model, "decoder_attention_heads")
+    rows = c.size("max_position_embeddings")
+    activation, d_ff = c.activation("activation_function", default="gelu"), c.size("decoder_ffn_dim")
+    return {
+        **_post_norm(c, c.layers("decoder_layers"), d_model, n_heads, d_ff=d_ff, activation=activation),
+        "max_positions": rows,
+        "position_rows": rows + 2,  # BartLearnedPositionalEmbedding shifts every position by two
+        "norm_eps": 1e-5,
+        "encoder": Encoder(n_layers=c.layers("encoder_layers")),
+    }
+
+
+def _t5(c: Config) -> Shape:
+    n_layers, n_heads = c.layers("num_layers", "num_hidden_layers"), c.size("num_heads", "num_attention_heads")
+    gated, activation = _t5_mlp(c)
+    return {
+        "n_layers": c.size("num_decoder_layers", default=n_layers),
+        "d_model": c.size("d_model", "hidden_size"),
+        "n_heads": n_heads,
+        "n_kv_heads": n_heads,
+        "head_dim": c.size("d_kv"),
+        "d_ff": c.size("d_ff"),
+        "vocab_size": c.size("vocab_size"),
+        "max_positions": c.size("n_positions", default=512),  # what T5 was trained on; relative positions have no end
+        "positions": "relative",
+        "norm": "rmsnorm",
+        "norm_eps": c.number("layer_norm_epsilon", default=1e-6),
+        "activation": activation,
+        "gated_mlp": gated,
+        "tied_embeddings": c.flag("tie_word_embeddings", default=True),
+        "encoder": Encoder(
+            n_layers=n_layers,
+            relative_buckets=c.size("relative_attention_num_buckets", default=32),
+            relative_distance=c.size("relative_attention_max_distance", default=128),
+        ),
+    }
+
+
+def _t5_mlp(c: Config) -> tuple[bool, str]:
+    """Whether the MLP is gated, and its activation; ``gated-gelu`` means the tanh approximation."""
+    value = c.data.get("feed_forward_proj", "relu")
+    name = value.removeprefix("gated-") if isinstance(value, str) else value
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        names = ", ".join(sorted(ACTIVATIONS))
+        raise InputError(
+            f"config.feed_forward_proj is {shown(value)}; allowed: one of {names}, with or without 'gated-' before it"
+        )
+    return value != name, "gelu_tanh" if value == "gated-gelu" else ACTIVATIONS[name]
+
+
+_MASKED = ("ForMaskedLM",)
+_GENERATION = ("ForConditionalGeneration", "WithLMHeadModel")
+
+ENCODER_FAMILIES: dict[str, Family] = {
+    "bart": Family("Bart", _bart, ignored=("is_encoder_decoder",), heads=_GENERATION),
+    "bert": Family("Bert", _bert, heads=_MASKED, head_is_bare=False),
+    "distilbert": Family("DistilBert", _distilbert, heads=_MASKED, head_is_bare=False),
+    "roberta": Family("Roberta", _roberta, heads=_MASKED, head_is_bare=False),
+    "t5": Family("T5", _t5, ignored=("is_encoder_decoder",), heads=_GENERATION),
+}
+"""Accepted values of ``model_type``."""

@@ -1,0 +1,199 @@
+"""A mixture of experts as operators: mirrors ``runtime.models.experts`` statement by statement.
+
+Rows go to slots, expert by expert, whose number depends on tokens and choices only (``Experts.slots``). Matrix products are
+counted with the experts' rows split evenly; where no expert is idle that is what they add up to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+from estimator.job.experts import Experts
+from estimator.job.model import ModelSpec
+from estimator.ops.exchange import ExpertRanks, to_experts, to_tokens
+from estimator.ops.graph import Graph
+from estimator.ops.operator import Op
+from estimator.ops.tape import Node, Ref, part_of_block
+
+INDEX_BYTES = 8
+"""Of a slot's or an expert's number."""
+
+
+@part_of_block("mlp")
+def expert_mlp(
+    g: Graph, spec: ModelSpec, experts: Experts, h: Ref, dense: Callable[[Graph, ModelSpec, Ref], Ref],
+    ranks: ExpertRanks,
+) -> Ref:  # fmt: skip
+    """``ExpertMlp``, whose experts ``ranks`` share. ``dense`` records a shared MLP of ``spec.d_ff``."""
+    d = spec.d_model
+    with g.call(h):
+        y = _routed(g, spec, experts, h, ranks)
+        if not experts.shared_d_ff:
+            return y
+        shared = dense(g, replace(spec, d_ff=experts.shared_d_ff), h)
+        if experts.shared_gate:
+            shared = _gated(g, shared, _sigmoid(g, g.linear(h, d, 1, bias=False)), d)
+        return g.add(y, shared, d)
+
+
+def _routed(g: Graph, spec: ModelSpec, experts: Experts, h: Ref, ranks: ExpertRanks) -> Ref:
+    weights, chosen = _route(g, g.linear(h, spec.d_model, experts.n_experts, bias=experts.router_bias), experts)
+    rows, slot = _dispatch(g, h, spec.d_model, experts)
+    with g.call(weights, chosen, slot):
+        if ranks.size > 1:
+            rows = to_experts(g, rows, spec.d_model, experts, ranks)
+        out = _expert_mlps(g, spec, experts, rows, ranks)
+        if ranks.size > 1:
+            out = to_tokens(g, out, spec.d_model, experts, ranks)
+        return _combine(g, out, weights, slot, spec.d_model, experts)
+
+
+def _expert_mlps(g: Graph, spec: ModelSpec, experts: Experts, rows: Ref, ranks: ExpertRanks) -> Ref:
+    d, f = spec.d_model, experts.d_ff
+    some = _Some(experts, experts.n_experts // ranks.size, g.rows)
+    with g.call(rows), _of_rows(g, ranks.rows(experts, g.rows)):
+        gate = _grouped_linear(g, rows, d, f, some)
+        up = _grouped_linear(g, rows, d, f, some)
+        inner = g.gated_activate(gate, up, f, spec.activation)
+        return _grouped_linear(g, inner, f, d, some)
+
+
+class _Some(NamedTuple):
+    """The experts of one rank, and how many tokens each rank has."""
+
+    of: Experts
+    n_experts: int
+    n_tokens: int
+
+
+@contextmanager
+def _of_rows(g: Graph, n_rows: int) -> Iterator[None]:
+    """What is recorded inside has so many rows."""
+    before, g.rows = g.rows, n_rows
+    yield
+    g.rows = before
+
+
+def _route(g: Graph, logits: Ref, experts: Experts) -> tuple[Ref, Ref]:
+    """``route``: keeps fp32 scores and the chosen experts' numbers."""
+    n, k = g.rows * experts.n_experts, g.rows * experts.per_token
+    scores, chosen = g.tensor(4 * n, grad=False), g.tensor(INDEX_BYTES * k, grad=False)
+    low = g.dtype != "fp32"
+    masks = experts.selection_bias + (experts.n_groups > 1)
+    node = Node(
+        (logits,),
+        (g.tensor(k * g.width),),
+        forward=(_traffic(g, "route", (g.width + 8) * n + 16 * k, launches=8),),
+        backward=(_traffic(g, "route_backward", 16 * n + 16 * k, backward=True, launches=8),),
+        aux=(scores, chosen),
+        forward_temp_bytes=4 * n * max(low, masks),
+        backward_temp_bytes=4 * n * (1 + low),
+        saves_after=True,
+    )
+    return g.record(node), chosen
+
+
+def _dispatch(g: Graph, h: Ref, width: int, experts: Experts) -> tuple[Ref, Ref]:
+    """``plan_of`` and ``dispatch``: keeps where each choice lies. What planning needs besides is less than the slots."""
+    n_bytes, k = g.rows * width * g.width, experts.per_token
+    slot_bytes = experts.slots(g.rows) * width * g.width
+    slot = g.tensor(INDEX_BYTES * g.rows * k, grad=False)
+    node = Node(
+        (h,),
+        (g.tensor(slot_bytes),),
+        forward=(
+            _traffic(g, "plan_slots", 8 * INDEX_BYTES * g.rows * k, launches=10),
+            _traffic(g, "dispatch", k * n_bytes + slot_bytes, launches=k),
+        ),
+        backward=(_traffic(g, "dispatch_backward", (3 * k - 1) * n_bytes, backward=True, launches=2 * k - 1),),
+        aux=(slot,),
+        backward_temp_bytes=n_bytes if k > 1 else 0,
+        saves_after=True,
+    )
+    return g.record(node), slot
+
+
+def _combine(g: Graph, rows: Ref, weights: Ref, slot: Ref, width: int, experts: Experts) -> Ref:
+    """``combine``: keeps the rows, their weights and where they lie."""
+    n_bytes, k = g.rows * width * g.width, experts.per_token
+    return g.record(
+        Node(
+            (rows, weights),
+            (g.activation(width),),
+            forward=(_traffic(g, "combine", (7 * k - 3) * n_bytes, launches=3 * k - 1),),
+            backward=(_traffic(g, "combine_backward", 9 * k * n_bytes, backward=True, launches=5 * k),),
+            saves=(rows, weights, slot),
+            forward_temp_bytes=n_bytes if k > 1 else 0,
+            backward_temp_bytes=n_bytes,
+            saves_after=True,
+        )
+    )
+
+
+def _grouped_linear(g: Graph, x: Ref, n_in: int, n_out: int, experts: _Some) -> Ref:
+    """``grouped_linear`` of all slots. What capacity leaves empty is computed too, but is no work of the model's; nor is what a
+    rank has more than its share of."""
+    w, capacity = g.width, experts.of.capacity(experts.n_tokens)
+    used = g.rows - 1 if capacity else g.rows
+    groups = min(experts.n_experts, used)
+    m = -(-used // groups)
+    useful = min(1.0, experts.n_tokens * experts.of.per_token / used)
+    flops = 2.0 * used * n_in * n_out
+    n_bytes = (used * (n_in + n_out) + groups * n_in * n_out) * w
+    launches = 1 if capacity else experts.n_experts
+    grad_numel = experts.n_experts * (n_in * n_out + (n_out if experts.of.bias else 0))
+
+    def product(name: str, backward: bool, *shape: int) -> Op:
+        return Op(name, "matmul", backward, g.dtype, flops, n_bytes, (groups, *shape), launches, useful)
+
+    return g.record(
+        Node(
+            (x,),
+            (g.activation(n_out),),
+            forward=(product("grouped", False, m, n_out, n_in),),
+            backward=(
+                product("grouped_dgrad", True, m, n_in, n_out),
+                product("grouped_wgrad", True, n_out, n_in, m),
+                g.accumulate_grad(grad_numel),
+            ),
+            saves=(x,),
+            param_grad_bytes=grad_numel * w,
+            saves_after=True,
+        )
+    )
+
+
+def _sigmoid(g: Graph, x: Ref) -> Ref:
+    n_bytes = g.rows * g.width
+    out = g.activation(1)
+    return g.record(
+        Node(
+            (x,),
+            (out,),
+            forward=(_traffic(g, "sigmoid", 2 * n_bytes),),
+            backward=(_traffic(g, "sigmoid_backward", 3 * n_bytes, backward=True),),
+            saves=(out,),
+        )
+    )
+
+
+def _gated(g: Graph, x: Ref, gate: Ref, width: int) -> Ref:
+    """Rows of ``x`` times one number each."""
+    n_bytes = g.rows * width * g.width
+    return g.record(
+        Node(
+            (x, gate),
+            (g.activation(width),),
+            forward=(_traffic(g, "scale_rows", 2 * n_bytes),),
+            backward=(_traffic(g, "scale_rows_backward", 5 * n_bytes, backward=True, launches=3),),
+            saves=(x, gate),
+            backward_temp_bytes=n_bytes,
+        )
+    )
+
+
+def _traffic(g: Graph, name: str, n_bytes: int, *, backward: bool = False, launches: int = 1) -> Op:
+    return Op(name, "elementwise", backward, g.dtype, 0.0, n_bytes, launches=launches)

@@ -1,0 +1,1 @@
+"""How ranks share one model's layers."""
