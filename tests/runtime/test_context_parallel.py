@@ -61,6 +61,7 @@ def _cases(world: int) -> list[Job]:
             if (number + other) % 2 and world > 2:
                 continue
             cp, tp = meshes[(number + other // 2) % len(meshes)]
+            cp = min(cp, 2) if fields["dtype"] == "fp16" else cp  # four times the gradient overflows one step longer
             strategy = Strategy(
                 cp=cp, tp=tp, cp_kind=kind, sequence_parallel=other % 2 == 0, bucket_bytes=20_000, **fields  # type: ignore[arg-type]
             )  # fmt: skip
@@ -69,7 +70,7 @@ def _cases(world: int) -> list[Job]:
     return jobs
 
 
-QUICK = {2: (8, 17), 4: (6, 7)}
+QUICK = {2: (17,), 4: (6, 7)}
 
 
 def _rank(rank: int, world: int, folder: str, numbers: list[int]) -> None:

@@ -63,7 +63,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
     wanted = {
         item.callspec.params["case"]
         for item in request.session.items
-        if "outcomes" in getattr(item, "fixturenames", ())  # type: ignore[attr-defined]
+        if item.path == Path(__file__) and "outcomes" in item.fixturenames  # type: ignore[attr-defined]
     }
     found: dict[Case, list[Outcome]] = {}
     for world in sorted({c.world for c in wanted}):
