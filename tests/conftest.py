@@ -12,7 +12,6 @@ ALONE = {
     "runtime/test_generic.py": "starts processes; once failed beside other tests",
     "dashboard/test_browser.py": "a browser and a server",
     "estimator/test_catalog.py": "a bound in seconds",
-    "runtime/test_encoders.py": "groups of processes",
     "runtime/test_fake_cpu.py": "groups of processes",
     "runtime/test_faults.py": "groups of processes that must end in time",
     "runtime/test_parity.py": "groups of processes",
