@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,12 @@ ALONE = {
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_configure() -> None:
+    """A shell has what it starts in the background ignore interrupts, and so would the commands that tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests of ``ALONE``: ``make test`` runs the others two at a time, and then these."""
     here = Path(__file__).parent

@@ -10,7 +10,7 @@ from estimator.errors import InputError
 from estimator.job.encoder import Encoder
 from estimator.job.fields import refuse, shown
 from estimator.job.hf_config import ACTIVATIONS, Config
-from estimator.job.hf_families import Family, Shape, biases
+from estimator.job.hf_families import Family, Shape, biases, plain_sizes
 
 
 def _post_norm(c: Config, n_layers: int, d_model: int, n_heads: int, *, d_ff: int, activation: str) -> Shape:
@@ -20,13 +20,7 @@ def _post_norm(c: Config, n_layers: int, d_model: int, n_heads: int, *, d_ff: in
             f"config.tie_word_embeddings is False with model_type {c.model_type!r}, which is not forecast yet; allowed: true"
         )
     return {
-        "n_layers": n_layers,
-        "d_model": d_model,
-        "n_heads": n_heads,
-        "n_kv_heads": n_heads,
-        "head_dim": d_model // n_heads,
-        "d_ff": d_ff,
-        "vocab_size": c.size("vocab_size"),
+        **plain_sizes(c, n_layers, d_model, n_heads, d_ff),
         "positions": "learned",
         "norm": "layernorm",
         "norm_bias": True,

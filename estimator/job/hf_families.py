@@ -66,8 +66,8 @@ def rotary(
     }
 
 
-def _gpt(c: Config, n_layers: int, d_model: int, n_heads: int, d_ff: int) -> Shape:
-    """What the GPT-2 line shares: LayerNorm and linear layers with biases, an ungated MLP of tanh-GELU, a tied head."""
+def plain_sizes(c: Config, n_layers: int, d_model: int, n_heads: int, d_ff: int) -> Shape:
+    """Sizes of a model whose key and value heads are as many as its query heads, which together are as wide as it."""
     return {
         "n_layers": n_layers,
         "d_model": d_model,
@@ -76,6 +76,13 @@ def _gpt(c: Config, n_layers: int, d_model: int, n_heads: int, d_ff: int) -> Sha
         "head_dim": d_model // n_heads,
         "d_ff": d_ff,
         "vocab_size": c.size("vocab_size"),
+    }
+
+
+def _gpt(c: Config, n_layers: int, d_model: int, n_heads: int, d_ff: int) -> Shape:
+    """What the GPT-2 line shares: LayerNorm and linear layers with biases, an ungated MLP of tanh-GELU, a tied head."""
+    return {
+        **plain_sizes(c, n_layers, d_model, n_heads, d_ff),
         "norm": "layernorm",
         "norm_bias": True,
         "norm_eps": c.number("layer_norm_epsilon", "layer_norm_eps", default=1e-5),

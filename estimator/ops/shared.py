@@ -175,7 +175,9 @@ class SharedGraph(Graph):
         grad_bytes = weight_bytes + (held * w if bias else 0)
         kept = self.tensor(stream_bytes + weight_bytes + (4 * held if bias else 0), _LOSS, grad=False)
         row_bytes = 5 * m
-        statistics = 37 + 20 * self.n_tensor  # bytes per token while all ranks' are put together
+        # bytes per token while all ranks' are put together: its label's place (8) and whether it is here (1), seven fp32 of its own
+        # (maximum, sum and label's logit, twice, and the highest maximum), and of each rank three, their weight and its product
+        statistics = 8 + 1 + 7 * 4 + 5 * 4 * self.n_tensor
         while_chunks = chunk * (held * logit_bytes + statistics) + row_bytes
         at_end = row_bytes
         if self.splits_tokens:

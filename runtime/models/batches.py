@@ -7,11 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from estimator.job.model import ModelSpec
+from runtime.kernels.cross_entropy import DEFAULTS
 
 MASKED_EVERY = 7
 """One token in so many is masked: 14%, where BERT masks 15% (Devlin et al. 2019, section 3.1)."""
-IGNORED = -100
-"""Label of places that do not count in the loss."""
 
 
 def random_batch(spec: ModelSpec, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -23,5 +22,5 @@ def random_batch(spec: ModelSpec, draw: Callable[[], Tensor]) -> tuple[Tensor, T
     if spec.encoder is not None and not spec.encoder.n_layers:
         ids[:, ::MASKED_EVERY] = 0
         for first in range(1, MASKED_EVERY):
-            labels[:, first::MASKED_EVERY] = IGNORED
+            labels[:, first::MASKED_EVERY] = DEFAULTS.ignore_index
     return ids, labels

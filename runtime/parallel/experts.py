@@ -8,7 +8,7 @@ Shapes: n ranks, E experts, N slots of this rank, R rows of this rank's experts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -135,10 +135,10 @@ class ExpertParallel(WholeExperts):
         return Trip([0, *accumulate(of_experts)], plan.n_slots, of_ranks, sent)
 
     def to_experts(self, rows: Tensor, trip: Trip) -> Tensor:
-        return _to_experts(rows, trip, self)  # type: ignore[no-any-return]
+        return _exchange(rows, trip, self.bring, self.take_back)  # type: ignore[no-any-return]
 
     def to_tokens(self, rows: Tensor, trip: Trip) -> Tensor:
-        return _to_tokens(rows, trip, self)  # type: ignore[no-any-return]
+        return _exchange(rows, trip, self.take_back, self.bring)  # type: ignore[no-any-return]
 
     # ---- between ranks --------------------------------------------------------------------------------------------
 
@@ -186,32 +186,24 @@ def _turn(rows: Tensor, sizes: Sequence[Sequence[int]], out: Tensor) -> None:
     torch.cat([runs[i * inner + j] for j in range(inner) for i in range(outer)], out=out)
 
 
-class _ToExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, trip: Trip, ranks: ExpertParallel) -> Tensor:
-        ctx.trip, ctx.ranks = trip, ranks
-        return ranks.bring(rows, trip)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks.take_back(grads[0], ctx.trip), None, None
+Way = Callable[[Tensor, Trip], Tensor]
 
 
-class _ToTokens(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """``rows`` go ``there``; their gradients come ``back``."""
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, trip: Trip, ranks: ExpertParallel) -> Tensor:
-        ctx.trip, ctx.ranks = trip, ranks
-        return ranks.take_back(rows, trip)
+    def forward(ctx: Any, rows: Tensor, trip: Trip, there: Way, back: Way) -> Tensor:
+        ctx.trip, ctx.back = trip, back
+        return there(rows, trip)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks.bring(grads[0], ctx.trip), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(grads[0], ctx.trip), None, None, None
 
 
-_to_experts = loader.outside_compile(_ToExperts.apply)
-_to_tokens = loader.outside_compile(_ToTokens.apply)
+_exchange = loader.outside_compile(_Exchange.apply)
 
 
 def experts_for(strategy: Strategy, comm: Communicator) -> WholeExperts:

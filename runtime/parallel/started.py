@@ -12,6 +12,7 @@ from torch import Tensor
 from runtime.context import current_ledger, has_data
 
 _LONGEST_S = 1.0
+"""So long at most is waited; then the meter may see a tensor too many, which the comparison with the forecast shows."""
 
 
 class _LetGo:

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from estimator.ops.kernels.linear_cross_entropy import default_chunk_rows
 from runtime.context import current_ledger, logits_memory, managed_memory
+from runtime.kernels.cross_entropy import DEFAULTS
 from runtime.parallel.started import started
 
 if TYPE_CHECKING:
     from runtime.parallel.tensor import TensorParallel
-
-IGNORED = -100
-"""The label of rows that do not count, as everywhere in torch."""
 
 
 class VocabularyEmbedding(torch.autograd.Function):
@@ -65,7 +63,7 @@ class VocabularyLoss(torch.autograd.Function):
             chunk = default_chunk_rows(n, weight.shape[1], len(weight))
             late = h.dtype == torch.float16  # a probability divided by the number of rows is lost there
             scale = 2.0 ** -(n.bit_length() // 2) if late else 1.0
-            counted = labels.ne(IGNORED)
+            counted = labels.ne(DEFAULTS.ignore_index)
             share = 1.0 / counted.sum(dtype=torch.float32).clamp_(min=1)
             grad_h = torch.empty_like(full)
             grad_weight = torch.zeros_like(weight) if n_here < len(weight) else torch.empty_like(weight)

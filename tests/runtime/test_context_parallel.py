@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import traceback
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -24,16 +22,14 @@ from runtime.functional import attention
 from runtime.models import Decoder
 from runtime.parallel.context import made_for
 from runtime.parallel.layers import WholeLayers
-from runtime.reference import excess
-from runtime.session import Measurement, SessionOptions, run_session
 from tests.runtime import tiny
 from tests.runtime.groups import run_ranks
 from tests.runtime.memory import MODELS, compare, metered
 from tests.runtime.parity_worker import gloo_group
+from tests.runtime.sessions import check, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STEPS = 20
 KINDS = ("ulysses", "ring")
 
 
@@ -73,34 +69,10 @@ def _cases(world: int) -> list[Job]:
 QUICK = {2: (17,), 4: (6, 7)}
 
 
-def _rank(rank: int, world: int, folder: str, numbers: list[int]) -> None:
-    torch.set_num_threads(1)
-    with gloo_group(rank, world, folder):
-        for number in numbers:
-            try:
-                options = SessionOptions(steps=STEPS - 1, warmup=0, reference=True)
-                found: Measurement | str = run_session(_cases(world)[number], "cpu", options, rank=rank)
-            except Exception:
-                found = traceback.format_exc()
-            Path(folder, f"{number}-{rank}").write_bytes(pickle.dumps(found))
-            if isinstance(found, str):
-                break
-
-
 def _train(world: int, numbers: list[int], folder: Path) -> None:
-    run_ranks(_rank, world, str(folder), numbers)
-    for number in numbers:
-        job = _cases(world)[number]
-        found = [pickle.loads(Path(folder, f"{number}-{rank}").read_bytes()) for rank in range(world)]
-        ranks = [one for one in found if isinstance(one, Measurement)]
-        assert len(ranks) == world, next(one for one in found if isinstance(one, str))
-        said = (job.model.name, job.strategy)
-        assert excess(job.strategy.dtype, ranks[0].parity, job.strategy.n_summands) is None, said
-        blueprint = lay_out(job)
-        for rank in ranks:
-            traffic = rank.collective_bytes, rank.collective_calls, rank.copy_bytes
-            assert traffic == traffic_of(blueprint.program, blueprint.costs), said
-        compare(ranks[-1], memory_of(blueprint))
+    jobs = [_cases(world)[number] for number in numbers]
+    for job, found in zip(jobs, train(jobs, folder), strict=True):
+        check(job, found, compared=slice(-1, None))  # the forecast is of a ring's last rank
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])

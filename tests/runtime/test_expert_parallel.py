@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import pickle
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,10 @@ from tests.runtime import experts, tiny
 from tests.runtime.groups import run_ranks
 from tests.runtime.memory import STATES, compare, metered
 from tests.runtime.parity_worker import batch, gloo_group
+from tests.runtime.sessions import measured, train
 from tests.runtime.test_experts_memory import MODELS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(600)]
-STEPS = 10
 
 
 def with_capacity(spec: ModelSpec, factor: float) -> ModelSpec:
@@ -74,27 +72,10 @@ def _job(world: int, number: int) -> Job:
 QUICK = {2: (0, 14), 4: (25, 36, 57)}
 
 
-def _rank(rank: int, world: int, folder: str, numbers: list[int]) -> None:
-    torch.set_num_threads(1)
-    with gloo_group(rank, world, folder):
-        for number in numbers:
-            try:
-                options = SessionOptions(steps=STEPS - 1, warmup=0, reference=True)
-                found: Measurement | str = run_session(_job(world, number), "cpu", options, rank=rank)
-            except Exception:
-                found = traceback.format_exc()
-            Path(folder, f"{number}-{rank}").write_bytes(pickle.dumps(found))
-            if isinstance(found, str):
-                break
-
-
 def _train(world: int, numbers: list[int], folder: Path) -> None:
-    run_ranks(_rank, world, str(folder), numbers)
-    for number in numbers:
-        job = _job(world, number)
-        found = [pickle.loads(Path(folder, f"{number}-{rank}").read_bytes()) for rank in range(world)]
-        ranks = [one for one in found if isinstance(one, Measurement)]
-        assert len(ranks) == world, next(one for one in found if isinstance(one, str))
+    jobs = [_job(world, number) for number in numbers]
+    for number, job, found in zip(numbers, jobs, train(jobs, folder), strict=True):
+        ranks = measured(found)
         said, allowed = (number, job.model.name, job.strategy), TOLERANCES[job.strategy.dtype]
         assert ranks[0].parity["loss"] <= allowed.loss, said
         # routers turn the rounding of 16 bits into other choices, with any ep

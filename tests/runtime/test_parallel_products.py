@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
-import traceback
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from estimator.job import Job, Strategy
 from estimator.predict import lay_out, memory_of, traffic_of
-from runtime.reference import excess
-from runtime.session import Measurement, SessionOptions, run_session
 from tests.runtime import tiny
-from tests.runtime.groups import run_ranks
 from tests.runtime.memory import MODELS, compare, metered
-from tests.runtime.parity_worker import gloo_group
+from tests.runtime.sessions import check, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STEPS = 20
 WAYS: tuple[dict[str, Any], ...] = (
     {"zero_stage": 1},
     {"zero_stage": 3, "recompute": "full", "sequence_parallel": False},
@@ -42,34 +35,10 @@ def _job(world: int, number: int) -> Job:
     return tiny.job(spec, Strategy(**fields), world=world, arch="cpu", n_micro_batches=4)
 
 
-def _rank(rank: int, world: int, folder: str, numbers: list[int]) -> None:
-    torch.set_num_threads(1)
-    with gloo_group(rank, world, folder):
-        for number in numbers:
-            try:
-                options = SessionOptions(steps=STEPS - 1, warmup=0, reference=True)
-                found: Measurement | str = run_session(_job(world, number), "cpu", options, rank=rank)
-            except Exception:
-                found = traceback.format_exc()
-            Path(folder, f"{number}-{rank}").write_bytes(pickle.dumps(found))
-            if isinstance(found, str):
-                break
-
-
 def _train(world: int, numbers: list[int], folder: Path) -> None:
-    run_ranks(_rank, world, str(folder), numbers)
-    for number in numbers:
-        job = _job(world, number)
-        found = [pickle.loads(Path(folder, f"{number}-{rank}").read_bytes()) for rank in range(world)]
-        ranks = [one for one in found if isinstance(one, Measurement)]
-        assert len(ranks) == world, next(one for one in found if isinstance(one, str))
-        said = (job.model.name, job.strategy)
-        assert excess(job.strategy.dtype, ranks[0].parity, job.strategy.n_summands) is None, said
-        for place, rank in enumerate(ranks):
-            blueprint = lay_out(job, job.mesh.place("pp", place))
-            traffic = rank.collective_bytes, rank.collective_calls, rank.copy_bytes
-            assert traffic == traffic_of(blueprint.program, blueprint.costs), said
-            compare(rank, memory_of(blueprint))
+    jobs = [_job(world, number) for number in numbers]
+    for job, found in zip(jobs, train(jobs, folder), strict=True):
+        check(job, found)
 
 
 def test_tensor_and_pipeline_ranks_train_as_plain_pytorch(tmp_path: Path) -> None:

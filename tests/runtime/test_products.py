@@ -8,26 +8,21 @@ inexact by design (quantised gathers, compression) has tests of its own.
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import random
-import traceback
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from estimator.errors import InputError
 from estimator.job import Job, Strategy
 from estimator.predict import lay_out, memory_of, traffic_of
 from runtime.reference import tolerance
-from runtime.session import Measurement, SessionOptions, run_session
 from tests.runtime import tiny
-from tests.runtime.groups import run_ranks
 from tests.runtime.memory import MODELS, compare
-from tests.runtime.parity_worker import gloo_group
+from tests.runtime.sessions import STEPS, Found, measured, train
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model": tuple(MODELS),
@@ -57,7 +52,6 @@ NUMBER = {1: 12, 2: 24, 4: 22, 8: 6}
 """Products by number of processes: 64."""
 QUICK = {1: 1, 2: 2, 4: 1, 8: 0}
 """Those of the quick run: the ones with the smallest batches."""
-STEPS = 20
 
 Values = dict[str, Any]
 
@@ -87,40 +81,19 @@ def says(job: Job) -> str:
     return f"{job.model.name}, {job.cluster.n_gpus} ranks, {job.workload}, {differs}"
 
 
-def rank_of(rank: int, world: int, folder: str, numbers: list[int]) -> None:
-    """One process: measures every product; what it found, or what went wrong, goes into ``folder``."""
-    torch.set_num_threads(1)
-    with gloo_group(rank, world, folder):
-        for number in numbers:
-            try:
-                options = SessionOptions(steps=STEPS - 1, warmup=0, reference=True)
-                found: Measurement | str = run_session(_drawn(world, number), "cpu", options, rank=rank)
-            except Exception:
-                found = traceback.format_exc()
-            Path(folder, f"{number}-{rank}").write_bytes(pickle.dumps(found))
-            if isinstance(found, str):
-                break  # the ranks are no longer at the same place
-
-
 @pytest.fixture(scope="session")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[tuple[int, int], list[Measurement | str]]:
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[tuple[int, int], Found]:
     """By product, what each rank found: one group of processes per world size runs all products that are selected."""
     wanted = [
         (item.callspec.params["world"], item.callspec.params["number"])
         for item in request.session.items
         if item.path == Path(__file__) and "trained" in item.fixturenames  # type: ignore[attr-defined]
     ]
-    results: dict[tuple[int, int], list[Measurement | str]] = {}
+    results: dict[tuple[int, int], Found] = {}
     for world in sorted({world for world, _ in wanted}):
         folder, numbers = tmp_path_factory.mktemp(f"world{world}"), [n for w, n in wanted if w == world]
-        run_ranks(rank_of, world, str(folder), numbers)
-        for number in numbers:
-            files = [folder / f"{number}-{rank}" for rank in range(world)]
-            results[world, number] = [
-                pickle.loads(f.read_bytes()) if f.exists() else "an earlier product failed" for f in files
-            ]
+        found = train([_drawn(world, number) for number in numbers], folder)
+        results |= {(world, number): of_job for number, of_job in zip(numbers, found, strict=True)}
     return results
 
 
@@ -135,12 +108,11 @@ def _products() -> Iterator[Any]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("world", "number"), list(_products()))
 def test_a_product_trains_as_plain_pytorch_with_the_forecast_bytes(
-    world: int, number: int, trained: dict[tuple[int, int], list[Measurement | str]]
+    world: int, number: int, trained: dict[tuple[int, int], Found]
 ) -> None:
     job, found = _drawn(world, number), trained[world, number]
     print(says(job))  # pytest shows it when the test fails
-    ranks = [one for one in found if isinstance(one, Measurement)]
-    assert len(ranks) == world, next(one for one in found if isinstance(one, str))
+    ranks = measured(found)
     parity, allowed = ranks[0].parity, tolerance(job.strategy.dtype, job.strategy.n_summands)
     if (
         world <= 2 and job.strategy.tp == 1 and not job.strategy.grad_clip

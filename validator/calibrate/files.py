@@ -24,6 +24,7 @@ _CALL_BYTES = 64 * MIB
 """About what one timed call moves; less where blocks are small, so that slow disks finish."""
 _CALL_BLOCKS = 256
 _COMMIT_BLOCKS = 16
+"""Written before a timed commit: enough that the drive has something to make lasting."""
 
 
 def require_folder(folder: str | Path) -> Path:
