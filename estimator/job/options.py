@@ -86,6 +86,11 @@ class JobOptions:
     prefetch_depth: int = 1
     persistent_numel: int = 0
     grad_clip: float = 1.0
+    framework: str = "zerocast"
+    compile: bool = False
+    """With a framework other than zerocast."""
+    attention: str = "flash"
+    matmul_dtype: str = "model"
     kernels_off: str = ""
     """Kernels of the runtime to switch off, separated by commas; ``all`` for every one."""
 
@@ -135,6 +140,10 @@ def build_job(options: JobOptions, *, local_gpu: Gpu | None = None, local_host: 
         prefetch_depth=o.prefetch_depth,
         persistent_numel=o.persistent_numel,
         grad_clip=o.grad_clip,
+        framework=o.framework,  # type: ignore[arg-type]
+        compile=o.compile,
+        attention=o.attention,  # type: ignore[arg-type]
+        matmul_dtype=o.matmul_dtype,  # type: ignore[arg-type]
         kernels_off=tuple(name.strip() for name in o.kernels_off.split(",") if name.strip()),
     )
     sizes = {"n_gpus": o.gpus, "gpus_per_node": o.gpus_per_node, "internode_gbps": o.internode_gbps}

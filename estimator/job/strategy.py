@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from estimator.errors import invalid, require_choice, require_int
 from estimator.job.context import ContextKind
 from estimator.job.experts import check_expert_parallel
+from estimator.job.framework import AttentionKernel, Framework, MatmulDtype, check_framework
 from estimator.job.grouping import check_groups
 from estimator.job.kernels import KERNELS
 from estimator.job.offload import check_offload
@@ -133,6 +134,14 @@ class Strategy:
     staleness: int = 0
     """With parameter servers: every step ends with the update by the gradients that were pushed so many steps before, so that
     pushes may take so long and no rank is further ahead of another (bounded delay, Ho et al. 2013). 0: synchronous."""
+    framework: Framework = "zerocast"
+    """Whose training step is forecast: this project's runtime's, which alone can run here, or another framework's."""
+    compile: bool = False
+    """Blocks run through torch.compile (frameworks other than this project's runtime)."""
+    attention: AttentionKernel = "flash"
+    """``efficient``: torch's memory-efficient kernel; ``math`` and ``eager``: all scores exist, in torch's SDPA or written out."""
+    matmul_dtype: MatmulDtype = "model"
+    """``fp8``: the linear layers of blocks multiply in fp8."""
     kernels_off: tuple[str, ...] = ()
     """CUDA kernels of the runtime that are switched off (names of ``estimator.ops.kernels.KERNELS``, or ``all``): plain
     torch works in their place. A CPU has none of them in any case."""
@@ -174,11 +183,13 @@ class Strategy:
         check_pipeline(self)
         check_servers(self)
         check_expert_parallel(self)
+        check_framework(self)
         if isinstance(self.kernels_off, str) or not isinstance(self.kernels_off, Iterable):
             raise invalid("kernels_off", self.kernels_off, "a list of names of kernels, or of the word all")
         for name in self.kernels_off:
             require_choice("kernels_off", name, ("all", *KERNELS))
-        object.__setattr__(self, "kernels_off", tuple(sorted(set(self.kernels_off))))
+        off = self.kernels_off if self.framework == "zerocast" else ("all",)  # others have none of them
+        object.__setattr__(self, "kernels_off", tuple(sorted(set(off))))
 
     @property
     def grads(self) -> Dtype:

@@ -57,7 +57,8 @@ def test_job_flags_are_the_same_everywhere() -> None:
     assert flags("predict") == [
         "--model", "--gpu", "--gpus", "--gpus-per-node", "--zero", "--offload", "--offload-fraction",
         "--delayed-update", "--recompute", "--recompute-every", "--activation-offload", "--dtype", "--grad-dtype",
-        "--master-dtype", "--state-dtype", "--persistent-numel", "--kernels-off", "--shard-size",
+        "--master-dtype", "--state-dtype", "--persistent-numel", "--framework", "--compile", "--attention", "--matmul-dtype",
+        "--kernels-off", "--shard-size",
         "--quantized-weights", "--secondary-shard", "--quantized-grads", "--grad-compression",
         "--compression-warmup-steps", "--sparse-embeddings", "--tp", "--sequence-parallel", "--pp", "--pp-schedule",
         "--virtual-pp", "--pp-layers", "--cp", "--cp-kind", "--ep", "--expert-imbalance", "--sync", "--n-servers",
