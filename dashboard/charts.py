@@ -6,23 +6,9 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from dashboard.data import OUTSIDE, Row
-from estimator.units import GIB
-
-CATEGORY_COLOURS = {
-    "params": "#1f4e8c", "gathered_params": "#5b8fd0", "offload_staging": "#a9c7ea",
-    "grads": "#2a8c6a", "reduce_buckets": "#86cbb0",
-    "master_params": "#6a4c9c", "optimizer_state": "#a48bcb",
-    "activations": "#d9822b", "logits_loss": "#f0b35e", "temporaries": "#f6d9a8", "workspace": "#c9a26b",
-    "cuda_context": "#7a7f87", "comm_buffers": "#a3a8b0", "fragmentation": "#cfd3d8", OUTSIDE: "#8d939b",
-}  # fmt: skip
-"""Parameters blue, gradients green, optimizer violet, activations orange, everything outside the tensors grey."""
-PART_COLOURS = {
-    "forward": "#1f4e8c", "backward": "#5b8fd0", "recompute": "#a9c7ea",
-    "exposed_gather": "#d9822b", "exposed_reduce": "#f0b35e", "exposed_other_comm": "#f6d9a8",
-    "optimizer": "#6a4c9c", "offload": "#c9534f", "pipeline_bubble": "#a3a8b0", "data": "#cfd3d8",
-}  # fmt: skip
-"""Compute blue, waiting orange and red."""
+from dashboard.colours import CATEGORY_COLOURS, PART_COLOURS, term_colour
+from dashboard.data import Row
+from estimator.units import GIB, format_seconds
 
 
 def memory_bar(rows: Sequence[Row], capacity_bytes: int | None) -> alt.LayerChart:
@@ -101,3 +87,74 @@ def error_bars(rows: Sequence[Row]) -> alt.Chart:
         )
         .properties(height=alt.Step(22))
     )
+
+
+def waterfall_bars(rows: Sequence[Row]) -> alt.LayerChart:
+    """A floating bar for each term (rows of ``waterfall_rows``, ms) from where the one before ended, and the step below."""
+    values = [
+        {
+            "term": r["label"],
+            "from": r["start_s"] * 1e3,
+            "to": r["end_s"] * 1e3,
+            "right": max(r["start_s"], r["end_s"]) * 1e3,
+            "ms": r["seconds"] * 1e3,
+            "share": r["share"],
+            "text": f"{format_seconds(r['seconds'])} ({r['share']:.1%})",
+        }
+        for r in rows
+    ]
+    longest = max((v["right"] for v in values), default=1.0)
+    base = alt.Chart(alt.Data(values=values)).encode(
+        y=alt.Y("term:N", sort=None, title=None, axis=alt.Axis(labelLimit=300)),
+    )
+    colours = alt.Scale(domain=[r["label"] for r in rows], range=[term_colour(r["term"]) for r in rows])
+    scale = alt.Scale(domain=[0, longest * 1.25], nice=False)
+    bars = base.mark_bar().encode(
+        x=alt.X("from:Q", title="ms of one step", scale=scale),
+        x2="to:Q",
+        color=alt.Color("term:N", scale=colours, legend=None),
+        tooltip=[alt.Tooltip("term:N"), alt.Tooltip("ms:Q", format=",.3f"), alt.Tooltip("share:Q", format=".1%")],
+    )
+    labels = base.mark_text(align="left", dx=5).encode(x=alt.X("right:Q", scale=scale), text="text:N")
+    return alt.LayerChart(layer=[bars, labels]).properties(height=alt.Step(24))
+
+
+def memory_area(rows: Sequence[Row], capacity_bytes: int | None) -> alt.LayerChart:
+    """Live bytes by category over the step (rows of ``memory_over_step_rows``), and a line at the GPU's capacity if it is near."""
+    names = list(dict.fromkeys((r["category"], r["label"]) for r in rows))
+    values = [
+        {
+            "ms": r["time_s"] * 1e3,
+            "GiB": r["bytes"] / GIB,
+            "category": r["label"],
+            "order": r["order"],
+            "event": r["event"],
+        }
+        for r in rows
+    ]
+    totals: dict[float, float] = {}
+    for v in values:
+        totals[v["ms"]] = totals.get(v["ms"], 0.0) + v["GiB"]
+    highest = max(totals.values(), default=1.0)
+    capacity = (capacity_bytes or 0) / GIB
+    near = 0 < capacity < 3 * highest
+    scale = alt.Scale(domain=[0, max(highest, capacity if near else 0.0) * 1.05], nice=False)
+    colours = alt.Scale(domain=[label for _, label in names], range=[CATEGORY_COLOURS[name] for name, _ in names])
+    areas = (
+        alt.Chart(alt.Data(values=values))
+        .mark_area(interpolate="step-after")
+        .encode(
+            x=alt.X("ms:Q", title="ms into the step", scale=alt.Scale(nice=False)),
+            y=alt.Y("GiB:Q", stack="zero", scale=scale, title="GiB on one GPU"),
+            color=alt.Color(
+                "category:N", scale=colours, legend=alt.Legend(title=None, orient="bottom", columns=5, labelLimit=220)
+            ),
+            order=alt.Order("order:Q"),
+            tooltip=[alt.Tooltip("category:N"), alt.Tooltip("GiB:Q", format=".3f"), alt.Tooltip("event:N")],
+        )
+    )
+    layers: list[alt.Chart] = [areas]
+    if near:
+        line = alt.Chart(alt.Data(values=[{"GiB": capacity}])).encode(y=alt.Y("GiB:Q", scale=scale))
+        layers.append(line.mark_rule(color="#c9534f", strokeWidth=2, strokeDash=[6, 4]))
+    return alt.LayerChart(layer=layers).properties(height=300)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.report import CATEGORIES, PHASES, TIME_PARTS, StepReport
 from estimator.units import GIB, format_bytes, format_seconds
+from estimator.views.labels import CATEGORY_LABELS as CATEGORY_LABELS
+from estimator.views.labels import PART_LABELS as PART_LABELS
 
 if TYPE_CHECKING:
     from estimator.plan import Rejection
@@ -19,35 +21,6 @@ Row = dict[str, Any]
 
 OUTSIDE = "outside"
 """Not a category of the report: the device's bytes that are no live tensor."""
-CATEGORY_LABELS = {
-    "params": "parameters",
-    "grads": "gradients",
-    "master_params": "fp32 master parameters",
-    "optimizer_state": "optimizer state",
-    "activations": "activations",
-    "logits_loss": "logits and loss",
-    "gathered_params": "gathered parameters",
-    "reduce_buckets": "gradient buckets",
-    "offload_staging": "offload staging",
-    "workspace": "workspace",
-    "temporaries": "temporaries",
-    "cuda_context": "CUDA context",
-    "comm_buffers": "communication buffers",
-    "fragmentation": "allocator overhead",
-}
-PART_LABELS = {
-    "forward": "forward",
-    "backward": "backward",
-    "recompute": "recompute",
-    "exposed_gather": "waiting for parameters",
-    "exposed_reduce": "waiting for gradients",
-    "exposed_other_comm": "waiting for other communication",
-    "optimizer": "optimizer",
-    "offload": "waiting for offload",
-    "pipeline_bubble": "pipeline bubble",
-    "data": "data",
-}
-
 TERM_LABELS = {
     "peak_allocated_bytes": "peak memory (live tensors)",
     "peak_reserved_bytes": "peak memory (allocator)",

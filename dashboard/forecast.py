@@ -8,20 +8,26 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import streamlit as st
 
-from dashboard.charts import memory_bar, time_bars
+from dashboard.charts import memory_area, memory_bar, time_bars, waterfall_bars
 from dashboard.data import memory_rows, memory_table, needed_bytes, strategy_rows, strategy_table, time_rows
 from dashboard.profiles import local_machine, profile_of, profiles_beside
+from dashboard.step_data import memory_over_step_rows, waterfall_rows
 from estimator.catalog import gpu_names, model_names
 from estimator.job.options import JobOptions, build_job
 from estimator.job.strategy import Dtype, Offload, Recompute
+from estimator.memory.allocator_settings import AllocatorSettings
 from estimator.plan import alternatives
 from estimator.plan.question import STAGES
-from estimator.predict import predict
 from estimator.time.profile_file import load_profile
 from estimator.units import format_bytes, format_seconds
+from estimator.views.memory import memory_over_step
+from estimator.views.step import view_step
+from estimator.views.waterfall import waterfall
+from estimator.views.words import peak_words, time_words
 
 if TYPE_CHECKING:
     from estimator.report import StepReport
+    from estimator.views.step import StepView
 
 OWN_CONFIG = "a config.json of mine ..."
 DEFAULT_MODEL, DEFAULT_GPU = "llama-3-8b", "h100-sxm"
@@ -35,7 +41,8 @@ def forecast_tab(store_path: Path | None, profile_path: Path | None) -> None:
     here: dict[str, Any] = {"local_gpu": machine.gpu, "local_host": machine.host} if machine else {}
     job = build_job(_controls([p.gpu.name for p in profiles if p.gpu is not None]), **here)
     profile = profiles[0] if profile_path else profile_of(job.cluster.gpu.name, profiles)
-    report = predict(job, profile)
+    view = view_step(job, profile, allocator=AllocatorSettings())
+    report = view.report
     _key_figures(report)
     st.subheader("Memory of one GPU")
     st.altair_chart(memory_bar(memory_rows(report), report.capacity_bytes), width="stretch")
@@ -48,6 +55,7 @@ def forecast_tab(store_path: Path | None, profile_path: Path | None) -> None:
     with right:
         st.subheader("Memory by category")
         st.dataframe(memory_table(memory_rows(report)), hide_index=True, width="stretch")
+    _why(view)
     st.subheader("Every ZeRO stage and offload for this job")
     table = strategy_table(strategy_rows(alternatives(job, profile)))
     st.dataframe(table, hide_index=True, width="stretch", height=ROW_PIXELS * (len(table) + 1) + 2)
@@ -55,6 +63,18 @@ def forecast_tab(store_path: Path | None, profile_path: Path | None) -> None:
         with st.expander(f"Where the numbers come from ({len(report.notes)} notes)"):
             for note in report.notes:
                 st.markdown(f"- {note}")
+
+
+def _why(view: StepView) -> None:
+    """Memory over the step, and the waterfall of its time, each with its sentences."""
+    curve, terms = memory_over_step(view), waterfall(view)
+    st.subheader("Memory over the step")
+    st.altair_chart(memory_area(memory_over_step_rows(curve), view.report.capacity_bytes), width="stretch")
+    gaps = [f"{gap.repeats} micro-batches like those before are left out." for gap in curve.gaps]
+    st.caption(" ".join([*peak_words(view, curve), *gaps]))
+    st.subheader("Where the time goes")
+    st.altair_chart(waterfall_bars(waterfall_rows(terms)), width="stretch")
+    st.caption(" ".join(time_words(view, terms)))
 
 
 def _controls(measured_gpus: Sequence[str]) -> JobOptions:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from estimator.job.experts import expert_notes
 from estimator.job.files import job_to_dict
+from estimator.job.framework import FRAMEWORKS
 from estimator.job.job import Job
 from estimator.job.kernels import kernels_in_use
 from estimator.job.mesh import Mesh
 from estimator.job.model import ModelSpec
 from estimator.job.strategy import Strategy
-from estimator.memory.reader import StepMemory, read_memory
+from estimator.memory.allocator_settings import AllocatorSettings
+from estimator.memory.device import DeviceMemory, device_memory
+from estimator.memory.reader import Passings, StepMemory, read_memory
+from estimator.memory.replay import Subject
 from estimator.memory.verdict import judge
 from estimator.ops.biased_attention import distance_table_bytes
 from estimator.ops.context import Context
@@ -21,47 +25,59 @@ from estimator.ops.cost import UnitCost
 from estimator.ops.exchange import ExpertRanks
 from estimator.ops.kernels.chip import H200, chip_of
 from estimator.ops.layers import Shape, unit_costs
+from estimator.ops.products import weight_copies_bytes
+from estimator.ops.style import style_of
 from estimator.report import StepReport
 from estimator.schedule.activations import sized
 from estimator.schedule.buffers import takes_fused_step
-from estimator.schedule.events import AddRows, Buffer, Collective, Compute, Copy, Send, StepProgram
-from estimator.schedule.program import build_program
+from estimator.schedule.events import AddRows, Buffer, Collective, Compute, Copy, Event, Send, StepProgram
+from estimator.schedule.program import StagePrograms, build_program
 from estimator.schedule.reduction import warm_up
 from estimator.schedule.stages import PipelinePlace
+from estimator.schedule.standing import standing_buffers
 from estimator.sharding.layout import Layout, make_layout
 from estimator.sharding.sparse import TOKEN_TABLE, with_rows
 from estimator.sharding.stages import stage_units, untied
 from estimator.sharding.tensor import parts
-from estimator.sharding.units import model_units
+from estimator.sharding.units import Unit, model_units
+from estimator.sharding.vocabulary import with_padded_vocabulary
 from estimator.time.files import counts_checksums
 from estimator.time.interval import note_of
 from estimator.time.pipeline import time_of_pipeline
 from estimator.time.player import StepTime, time_of
 from estimator.time.profile import HardwareProfile, profile_for
+from estimator.time.stack import Stack
 from estimator.units import DTYPE_BYTES, MIB
 
-_NOT_FORECAST = "memory leaves out what the allocator rounds and fragments and what NCCL allocates"
+_NOT_REPLAYED = "memory leaves out what the allocator rounds and fragments"
 
 
-def predict(job: Job, profile: HardwareProfile | None = None, *, rank: int | None = None) -> StepReport:
+def predict(
+    job: Job, profile: HardwareProfile | None = None, *, rank: int | None = None, stack: Stack | None = None,
+    allocator: AllocatorSettings | None = None,
+) -> StepReport:  # fmt: skip
     """Memory and time of one step of ``job`` in steady state.
 
     ``profile`` is a calibrated one for the job's GPU; without it the shipped curves of the GPU, or of the nearest
     architecture, are used and the report's notes say so. In a pipeline memory is that of the stage that needs most, or of the
-    stage of ``rank``. Raises ``InputError`` when the profile cannot time the job.
+    stage of ``rank``. ``stack``: other constants of the job's framework than the shipped ones. ``allocator``: the settings of PyTorch's
+    caching allocator, which is then simulated for that stage, so that the report has reserved bytes; it takes longer than all
+    the rest. Raises ``InputError`` when the profile cannot time the job.
     """
     blueprints = lay_out_stages(job)
-    memories = [memory_of(blueprint) for blueprint in blueprints]
+    passings: Passings | None = {} if len(blueprints) > 1 else None
+    memories = [memory_of(blueprint, passings) for blueprint in blueprints]
     curves, notes = profile_for(job.cluster.gpu, profile)
     if job.strategy.pp == 1:
-        time = time_of(blueprints[0].program, blueprints[0].costs, job, curves)
+        time = time_of(blueprints[0].program, blueprints[0].costs, job, curves, stack)
     else:
-        time = time_of_pipeline([(b.program, b.costs) for b in blueprints], job, curves)
+        time = time_of_pipeline([(b.program, b.costs) for b in blueprints], job, curves, stack)
     worst = max(range(len(memories)), key=lambda stage: memories[stage].peak_bytes)
     if rank is not None:
         worst = job.mesh.place("pp", rank)
     costs = [cost for blueprint in blueprints for cost in blueprint.costs]
-    return _report(job, blueprints[worst], memories[worst], time, notes, curves, costs)
+    device = device_memory(job, subject_of(blueprints[worst]), memories[worst], allocator)
+    return _report(job, blueprints[worst], memories[worst], device, time, notes, curves, costs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +106,8 @@ def lay_out_stages(job: Job) -> list[Blueprint]:
 
 def _lay_out(job: Job, stages: range, is_server: bool = True) -> list[Blueprint]:
     gpu, is_pipeline = job.cluster.gpu, job.strategy.pp > 1
-    model = untied(job.model) if is_pipeline else job.model
-    units = model_units(model)
+    spec = with_padded_vocabulary(job.model, job.strategy)
+    model = untied(spec) if is_pipeline else spec
     kernels = kernels_in_use(gpu.arch, job.strategy.kernels_off)
     fused_step = takes_fused_step(job.strategy, kernels)
     w, dtype = job.workload, job.strategy.dtype
@@ -105,31 +121,48 @@ def _lay_out(job: Job, stages: range, is_server: bool = True) -> list[Blueprint]
         n_tensor=job.strategy.tp, splits_tokens=job.strategy.tp > 1 and job.strategy.sequence_parallel,
         is_cpu=gpu.arch == "cpu", context=Context(job.strategy.cp_kind, job.mesh.span("cp")),
         expert_ranks=ExpertRanks(job.mesh.data_groups(job.strategy.ep), job.strategy.expert_imbalance),
+        param_grads=FRAMEWORKS[job.strategy.framework].param_grads, style=style_of(job.strategy, job.n_micro_batches),
     )  # fmt: skip
-    costs = unit_costs(model, units, shape, job.strategy.recompute, job.strategy.recompute_every)
-    table_bytes = job.model.table_numel(seq_len) * DTYPE_BYTES[dtype]
-    if job.model.encoder is not None:
-        table_bytes += distance_table_bytes(job.model.encoder, w.seq_len)
-    tables = (Buffer("tables", -1, "workspace", table_bytes),) if table_bytes else ()
+    costs = _unit_costs(model, shape, job.strategy.recompute, job.strategy.recompute_every)
     if not is_pipeline:
         rows = job.tokens_per_micro_batch if job.strategy.sparse_embeddings else 0
         layout, program = _program_of(
-            job.model, job.strategy, job.zero_stage, job.mesh, job.n_micro_batches, fused_step, rows, is_server
+            spec, job.strategy, job.zero_stage, job.mesh, job.n_micro_batches, fused_step, rows, is_server
         )
         if job.strategy.activation_offload:
             program = sized(program, costs)
-        return [Blueprint(layout=layout, program=program, costs=costs, tables=tables)]
+        return [Blueprint(layout=layout, program=program, costs=costs, tables=_tables(job, range(model.n_layers), layout))]
     boundary_bytes = shape.graph().stream_rows * model.d_model * DTYPE_BYTES[dtype]
     batch = Buffer("batch", -1, "activations", 8 * shape.rows * job.n_micro_batches)
     blueprints = []
     for stage in stages:
         layout, program = _stage_program(
-            job.model, job.strategy, job.zero_stage, job.mesh, job.n_micro_batches, fused_step, stage, boundary_bytes
+            spec, job.strategy, job.zero_stage, job.mesh, job.n_micro_batches, fused_step, stage, boundary_bytes
         )
+        numbers = stage_units(spec, job.strategy, stage).numbers
+        tables = _tables(job, [number - 1 for number in numbers if 0 < number <= model.n_layers], layout)
         held = (*tables, batch) if stage in (0, job.strategy.pp - 1) else tables
-        own = [costs[number] for number in stage_units(job.model, job.strategy, stage).numbers]
+        own = [costs[number] for number in numbers]
         blueprints.append(Blueprint(layout=layout, program=program, costs=own, tables=held, stage=stage))
     return blueprints
+
+
+def _tables(job: Job, layers: Iterable[int], layout: Layout) -> tuple[Buffer, ...]:
+    """What lives beside the groups' buffers where a rank holds ``layers``."""
+    n_bytes = job.model.table_numel(job.workload.seq_len // job.strategy.cp, layers) * DTYPE_BYTES[job.strategy.dtype]
+    if job.model.encoder is not None:
+        n_bytes += distance_table_bytes(job.model.encoder, job.workload.seq_len)
+    if job.model.traced is not None:
+        n_bytes += job.model.traced.buffer_bytes
+    n_bytes += weight_copies_bytes(style_of(job.strategy), job.cluster.gpu.arch, layout.units)
+    tables = (Buffer("tables", -1, "workspace", n_bytes),) if n_bytes else ()
+    return (*tables, *standing_buffers(job, layout.units))
+
+
+@lru_cache(maxsize=128)
+def _unit_costs(model: ModelSpec, shape: Shape, recompute: str, recompute_every: int) -> list[UnitCost]:
+    """Costs do not depend on how states are sharded: a search over that derives them once."""
+    return unit_costs(model, model_units(model), shape, recompute, recompute_every)
 
 
 @lru_cache(maxsize=256)
@@ -139,11 +172,22 @@ def _stage_program(
 ) -> tuple[Layout, StepProgram]:  # fmt: skip
     """Of one pipeline rank; what passes from rank to rank depends on the micro-batch."""
     held = stage_units(model, strategy, stage)
-    layout = make_layout(parts(held.units, mesh.tp, strategy.ep), strategy, zero_stage, mesh.n_data, held.chunks)
-    place = PipelinePlace(stage, mesh.pp, held.chunks, boundary_bytes)
-    return layout, build_program(
-        layout, strategy, zero_stage, mesh, n_micro_batches, fused_step=fused_step, pipeline=place
-    )
+    units = parts(held.units, mesh.tp, strategy.ep)
+    layout, programs = _alike_stages(
+        tuple(unit._replace(name="") for unit in units), strategy, zero_stage, mesh, n_micro_batches, fused_step,
+        PipelinePlace(stage, mesh.pp, held.chunks, boundary_bytes).alike(),
+    )  # fmt: skip
+    return layout._replace(units=units), programs.of(stage)
+
+
+@lru_cache(maxsize=64)
+def _alike_stages(
+    units: tuple[Unit, ...], strategy: Strategy, zero_stage: int, mesh: Mesh, n_micro_batches: int, fused_step: bool,
+    place: PipelinePlace,
+) -> tuple[Layout, StagePrograms]:  # fmt: skip
+    """Of pipeline ranks whose units have other names alone."""
+    layout = make_layout(units, strategy, zero_stage, mesh.n_data, place.chunks)
+    return layout, StagePrograms(layout, strategy, zero_stage, mesh, n_micro_batches, place, fused_step=fused_step)
 
 
 @lru_cache(maxsize=128)
@@ -165,9 +209,14 @@ def where_of(job: Job, stage: int, where: str) -> str:
     return where if job.strategy.pp == 1 else f"stage {stage} of {job.strategy.pp}: {where}"
 
 
-def memory_of(blueprint: Blueprint) -> StepMemory:
-    """Live bytes of one rank over the step."""
-    return read_memory(blueprint.program, blueprint.layout.units, blueprint.costs, blueprint.tables)
+def memory_of(blueprint: Blueprint, passings: Passings | None = None) -> StepMemory:
+    """Live bytes of one rank over the step; ``passings`` as ``read_memory``'s."""
+    return read_memory(blueprint.program, blueprint.layout.units, blueprint.costs, blueprint.tables, passings)
+
+
+def subject_of(blueprint: Blueprint) -> Subject:
+    """What the simulated allocator replays."""
+    return Subject(blueprint.layout, blueprint.program, blueprint.costs, blueprint.tables)
 
 
 def traffic_of(
@@ -178,24 +227,38 @@ def traffic_of(
     n_bytes: dict[str, int] = {}
     calls: dict[str, int] = {}
     copies: dict[str, int] = {}
-    for section in program.step:
-        for event in section.events:
-            if type(event) is Collective or type(event) is Send:
-                op = event.op if type(event) is Collective else "send"
-                n_bytes[op] = n_bytes.get(op, 0) + event.n_bytes * section.repeat
-                calls[op] = calls.get(op, 0) + section.repeat
-            elif type(event) is Compute and costs:
-                for name, total, number in exchanged_in(costs[event.unit], event.phase):
-                    n_bytes[name] = n_bytes.get(name, 0) + total * section.repeat
-                    calls[name] = calls.get(name, 0) + number * section.repeat
-            elif type(event) is Copy:
-                copies[event.stream] = copies.get(event.stream, 0) + event.n_bytes * section.repeat
+    within: dict[tuple[int, str], list[tuple[str, int, int]]] = {}
+    for events, repeat in _repeats(program):
+        for event in events:
+            kind = type(event)
+            if kind is Collective or kind is Send:
+                op = event.op if kind is Collective else "send"  # type: ignore[union-attr]
+                n_bytes[op] = n_bytes.get(op, 0) + event.n_bytes * repeat  # type: ignore[union-attr]
+                calls[op] = calls.get(op, 0) + repeat
+            elif kind is Compute and costs:
+                key = id(costs[event.unit]), event.phase  # type: ignore[union-attr]
+                if key not in within:
+                    within[key] = list(exchanged_in(costs[event.unit], event.phase))  # type: ignore[union-attr]
+                for name, total, number in within[key]:
+                    n_bytes[name] = n_bytes.get(name, 0) + total * repeat
+                    calls[name] = calls.get(name, 0) + number * repeat
+            elif kind is Copy:
+                copies[event.stream] = copies.get(event.stream, 0) + event.n_bytes * repeat  # type: ignore[union-attr]
     return n_bytes, calls, copies
+
+
+def _repeats(program: StepProgram) -> Iterable[tuple[tuple[Event, ...], int]]:
+    """Events of one step, a pipeline's equal passes once, and how often they run."""
+    found: dict[int, tuple[tuple[Event, ...], int]] = {}
+    for section in program.step:
+        for events in section.passes or (section.events,):
+            found[id(events)] = events, found.get(id(events), (events, 0))[1] + section.repeat
+    return found.values()
 
 
 def exchanged_in(cost: UnitCost, phase: str) -> Iterator[tuple[str, int, int]]:
     """Collectives within a unit's pass: operation, bytes, calls."""
-    for op in (*cost.recompute, *cost.backward) if phase == "backward" else cost.forward:
+    for op in cost.ops_of(phase):
         if op.kind == "collective":
             yield op.name, op.n_bytes, op.launches
 
@@ -232,26 +295,29 @@ def flops_of(costs: list[UnitCost]) -> tuple[float, float]:
 
 
 def _report(
-    job: Job, blueprint: Blueprint, memory: StepMemory, time: StepTime, notes: tuple[str, ...], curves: HardwareProfile,
-    costs: list[UnitCost],
+    job: Job, blueprint: Blueprint, memory: StepMemory, device: DeviceMemory, time: StepTime, notes: tuple[str, ...],
+    curves: HardwareProfile, costs: list[UnitCost],
 ) -> StepReport:  # fmt: skip
-    """``blueprint`` and ``memory`` are those of one pipeline rank, ``costs`` those of the whole model."""
+    """``blueprint``, ``memory`` and ``device`` are those of one pipeline rank, ``costs`` those of the whole model."""
     gpu, n_passes = job.cluster.gpu, job.n_micro_batches * job.mesh.n_data * job.strategy.tp
     collective_bytes, collective_calls, copy_bytes = traffic_of(blueprint.program, blueprint.costs)
     model_flops, again_flops = (n_passes * flops for flops in flops_of(costs))
     device_flops = time.step_s * job.cluster.n_gpus * gpu.peak_flops[job.strategy.dtype]
     memory = replace(memory, peak_where=where_of(job, blueprint.stage, memory.peak_where))
-    verdict = judge(job, memory)
+    verdict, replayed = judge(job, memory, device), device.replay
     return StepReport(
         origin="predicted",
         job_key=job.key,
         job=job_to_dict(job),
         rank=blueprint.stage * (job.cluster.n_gpus // job.strategy.pp),
         peak_allocated_bytes=memory.peak_bytes,
-        device_used_bytes=verdict.device_used_bytes,
+        peak_reserved_bytes=replayed.reserved_bytes if replayed else None,
+        allocator_bytes=replayed.allocated_bytes if replayed else None,
+        alloc_retries=replayed.n_retries if replayed else None,
+        device_used_bytes=device.used_bytes,
         peak_phase=memory.peak_phase,
         peak_where=memory.peak_where,
-        category_bytes_at_peak=memory.category_bytes_at_peak,
+        category_bytes_at_peak=device.category_bytes_at_peak(memory),
         category_peak_bytes=memory.category_peak_bytes,
         phase_peak_bytes=memory.phase_peak_bytes,
         phase_category_bytes=memory.phase_category_bytes,
@@ -270,8 +336,15 @@ def _report(
         copy_bytes=copy_bytes,
         capacity_bytes=gpu.memory_bytes,
         fits=verdict.fits,
+        fits_probability=verdict.fits_probability,
         explanation=verdict.sentence if not verdict.fits else f"fits; the step is bound by {time.bound}",
-        notes=(*notes, *_notes(job, curves), *_warmup_note(job, blueprint), *_rows_note(blueprint.program)),
+        notes=(
+            *notes,
+            *_memory_notes(job, device),
+            *_notes(job, curves),
+            *_warmup_note(job, blueprint),
+            *_rows_note(blueprint.program),
+        ),
         provenance={"profile": curves.name, "profile_origin": curves.origin},
     )
 
@@ -289,6 +362,20 @@ def _warmup_note(job: Job, blueprint: Blueprint) -> tuple[str, ...]:
     )
 
 
+def _memory_notes(job: Job, device: DeviceMemory) -> tuple[str, ...]:
+    if job.cluster.gpu.arch == "cpu":
+        return ()
+    if device.replay is None:
+        return (_NOT_REPLAYED,)
+    n = device.replay.n_retries
+    if not n:
+        return ()
+    return (
+        f"the GPU is so full that the allocator gives back its cache {n} time{'s' if n > 1 else ''} per step, for which it waits for the "
+        "device: the seconds leave that out",
+    )
+
+
 def _rows_note(program: StepProgram) -> tuple[str, ...]:
     """Rows of a table that are more than an all-reduce of all of it would move."""
     added = (event for section in program.step for event in section.events if isinstance(event, AddRows))
@@ -303,12 +390,11 @@ def _rows_note(program: StepProgram) -> tuple[str, ...]:
 
 
 def _notes(job: Job, curves: HardwareProfile) -> tuple[str, ...]:
-    notes = [note for note in (note_of(curves),) if note is not None]
-    if job.cluster.gpu.arch != "cpu":
-        notes.append(_NOT_FORECAST)
+    notes = [note for note in (note_of(job, curves),) if note is not None]
     if job.zero_stage != job.strategy.zero_stage:
         notes.append(f"one data-parallel GPU leaves nothing to shard: ZeRO {job.strategy.zero_stage} runs as 0")
     notes += expert_notes(job.model, job.strategy, job.mesh.n_data)
+    notes += job.model.traced.notes if job.model.traced is not None else ()
     if job.strategy.offload_nvme and not counts_checksums(curves):
         notes.append(
             f"profile {curves.name} was measured before checksums of files and commits were: their seconds are left out"

@@ -33,7 +33,13 @@ class StepReport:
     peak_reserved_bytes: int | None = None
     """Largest number of bytes held by the caching allocator."""
     device_used_bytes: int | None = None
-    """Reserved bytes plus context and communication buffers (what ``nvidia-smi`` shows)."""
+    """Reserved bytes plus context and communication buffers (what ``nvidia-smi`` shows); where it was predicted without reserved bytes,
+    live bytes in their place."""
+    allocator_bytes: int | None = None
+    """Predicted, with the allocator simulated: the largest number of bytes that it hands out, with its rounding and the workspace of
+    matrix products (what ``torch.cuda.max_memory_allocated`` shows without a meter)."""
+    alloc_retries: int | None = None
+    """Requests per step for which the allocator gave back its cache first, because the device was full."""
     peak_phase: str | None = None
     """Phase in which ``peak_allocated_bytes`` is reached."""
     peak_where: str | None = None
@@ -81,6 +87,8 @@ class StepReport:
     # verdict
     capacity_bytes: int | None = None
     fits: bool | None = None
+    fits_probability: float | None = None
+    """Predicted: how likely it is to fit; ``fits`` where that is at least one half."""
     explanation: str | None = None
     """One sentence with the number that decides: why it does not fit, or what bounds the step."""
     notes: tuple[str, ...] = ()

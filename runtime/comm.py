@@ -56,10 +56,13 @@ class Communicator:
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
-    def join(self, events: Iterable[Event], ends: Span | None = None) -> None:
-        """Make process groups for the spans of all collectives among ``events``. Every rank must call this, with the same spans but
-        for ``ends``, which the first and the last stage of a pipeline alone use."""
-        used = dict.fromkeys((e.stream, e.span) for e in events if isinstance(e, Collective))
+    def join(
+        self, events: Iterable[Event], ends: Span | None = None, others: Iterable[tuple[str, Span]] = ()
+    ) -> None:  # fmt: skip
+        """Make process groups for the spans of all collectives among ``events``, and for those of ``others``, which only other
+        stages of a pipeline may use. Every rank must call this, with the same spans but for ``ends``, which the first and the last
+        stage of a pipeline alone use."""
+        used = dict.fromkeys((*((e.stream, e.span) for e in events if isinstance(e, Collective)), *others))
         for stream, span in sorted(used, key=str):
             if span is None or span != ends:
                 self.join_span(stream, span)

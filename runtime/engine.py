@@ -9,8 +9,8 @@ for batch in batches:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from estimator.schedule.activations import InputCopies
 from estimator.schedule.buffers import group_buffers, takes_fused_step
 from estimator.schedule.events import Buffer, StepProgram
 from estimator.schedule.program import build_program
-from estimator.schedule.ranks import sharers
+from estimator.schedule.ranks import expert_spans, sharers
 from estimator.schedule.reduction import warm_up
 from estimator.schedule.servers import serving
 from estimator.schedule.stages import PipelinePlace
@@ -36,6 +36,7 @@ from runtime.compress.rows import mark_tables
 from runtime.context import current_ledger, has_data, managed_memory
 from runtime.executor import Executor
 from runtime.faults import told
+from runtime.functional import attending_by
 from runtime.hooks import UnitHooks
 from runtime.kernels.grad_norm import gradient_factor
 from runtime.kernels.loader import device_has_kernels
@@ -49,10 +50,13 @@ from runtime.offload.states import NvmePlace, open_states
 from runtime.optimizer import LossScaler, OptimizerConfig
 from runtime.parallel.context import check_made_for
 from runtime.parallel.experts import check_shared_by
+from runtime.parallel.late import LateGradients
 from runtime.parallel.layers import Fill, layers_of
 from runtime.parallel.pipeline import PipelineRun, check_model, ends_of, mesh_of
 from runtime.param_groups import ParamGroup, assign
+from runtime.passes import end_pass
 from runtime.recompute import wrap_blocks
+from runtime.refusals import check_runs
 from runtime.storage import TORCH_DTYPES, GroupStorage
 from runtime.units import LiveUnit, find_units
 
@@ -73,6 +77,7 @@ def initialize(
     ``InputError`` for what the runtime cannot do.
     """
     require_int("n_micro_batches", n_micro_batches)
+    check_runs(model, strategy)
     comm = comm or Communicator(mesh_of(strategy))
     check_model(model, strategy, comm.mesh)
     layers = layers_of(model)
@@ -83,6 +88,8 @@ def initialize(
             f"tp is {strategy.tp}; the model was made for {layers.size}, allowed: that, or a model made with "
             "layers = runtime.parallel.tensor.TensorParallel(...)"
         )
+    if param_groups and strategy.optimizer == "adamw8bit":
+        raise InputError("optimizer is 'adamw8bit' with param_groups, which cut its blocks; allowed: one of the two")
     if param_groups and strategy.delayed_update:
         raise InputError("delayed_update is on with param_groups; allowed: one of the two")
     mark_tables(model, sparse_rows or {}, wanted=strategy.sparse_embeddings)
@@ -127,7 +134,7 @@ class Engine:
         self._warmup = build_program(self.layout, exact, self.zero_stage, mesh, n_micro_batches) if exact else None
         programs = [self.program, *([self._warmup] if self._warmup else [])]
         events = [event for program in programs for section in program.step for event in section.events]
-        self.comm.join(events, ends_of(model, mesh))
+        self.comm.join(events, ends_of(model, mesh), expert_spans(strategy, self.zero_stage, mesh))
         if stage is not None:
             self.comm.join_peers(mesh.span("pp").stride, is_ring=len(stage.chunks) > 1)
         self.storages = self._make_storages(live, fused_step)
@@ -182,10 +189,12 @@ class Engine:
         with self._switches():
             return frozenset(filter(enabled, KERNELS))
 
-    def _switches(self) -> AbstractContextManager[None]:
-        """Inside, the kernels that the strategy switches off are off, for the model too."""
+    @contextmanager
+    def _switches(self) -> Iterator[None]:
+        """Inside, the kernels that the strategy switches off are off, for the model too, which attends as the strategy says."""
         off = self.strategy.kernels_off
-        return switched_off(*off) if off else nullcontext()
+        with switched_off(*off) if off else nullcontext(), attending_by(self.strategy.attention):
+            yield
 
     def _make_storages(self, live: list[LiveUnit], fused_step: bool) -> list[GroupStorage]:
         storages = []
@@ -219,6 +228,7 @@ class Engine:
         with told(f"the forward pass of step {self._step}"), self.executor.parts.part("forward"), self._switches():
             self.executor.begin(self._micro_sections[self._micro_batch])
             self._hooks.begin()
+            self.executor.begin_forward()
             output = self.model(*args, **kwargs)
         self._awaits = "backward"
         return output
@@ -255,13 +265,18 @@ class Engine:
     def loss_of_all(self, loss: Tensor | None) -> Tensor | None:
         """A loss that one rank of a pipeline has, on all of them; of parts of sequences the mean over these. A collective call, in
         no step."""
-        if self._pipeline is not None:
-            return self._pipeline.share(loss)
-        return loss if loss is None else self.layers.context.mean(loss)
+        mean = loss if loss is None else self.layers.context.mean(loss)
+        return mean if self._pipeline is None else self._pipeline.share(mean)
 
     def begin_pass(self) -> None:
         """A micro-batch goes forward."""
         self._hooks.begin()
+
+    def leave_weights(self) -> LateGradients:
+        """From now on backward passes leave gradients of weights for later."""
+        late = LateGradients(self.executor)
+        self._hooks.backward, self.recompute_clock.around = "input_grad", late.linears
+        return late
 
     def weighed(self, loss: Tensor) -> Tensor:
         """What backward begins with: ``loss`` averaged over micro-batches, and scaled."""
@@ -269,11 +284,19 @@ class Engine:
             factor = self.scaler.factor / self.n_micro_batches
         return loss * factor
 
+    def loss_gradient(self) -> Tensor:
+        """The gradient with which backward begins, on the device: what ``weighed`` multiplies by."""
+        with managed_memory():
+            one = torch.ones((), device=self.device)
+        return self.weighed(one)
+
     def backward(self, loss: Tensor) -> None:
         """Backward pass of the micro-batch; ``loss`` (a scalar) is averaged over micro-batches and ranks."""
         self._expect("backward")
         with told(f"the backward pass of step {self._step}"), self.executor.parts.part("backward"), self._switches():
-            self.weighed(loss).backward()
+            scaled = self.weighed(loss)
+            end_pass()
+            scaled.backward()
             self.executor.finish()
         self._awaits = "step"
 

@@ -47,7 +47,7 @@ from runtime import compress
 from runtime.comm import Communicator
 from runtime.compress import rows
 from runtime.compress.frozen import FrozenAdam, still_where_nothing_came
-from runtime.context import current_ledger, managed_memory
+from runtime.context import current_ledger, has_data, managed_memory
 from runtime.kernels.grad_norm import squares
 from runtime.kernels.optimizer import optimizer_step
 from runtime.kernels.rules import Control
@@ -60,6 +60,7 @@ from runtime.optimizer import OptimizerConfig, Shard, rule_of, squared_norm, ste
 from runtime.parallel.servers import Servers
 from runtime.param_groups import Coefficients, Piece, cut_shard
 from runtime.parts import EXCHANGE_PART, WAIT_PART, PartClock
+from runtime.passes import begin_pass, between_passes, end_pass
 from runtime.storage import GroupStorage
 from runtime.streams import SideStreams
 
@@ -117,6 +118,8 @@ class Executor:
         self._events: tuple[Event, ...] = ()
         self._cursor = 0
         self._entered: Compute | None = None
+        self.entered: Compute | None = None
+        """The pass that the model has reached last."""
         self._handlers: dict[type, Any] = {
             Alloc: self._alloc, Free: self._free, Collective: self._collective, Copy: self._copy, Wait: self._wait,
             Keep: self._keep, Blend: self._blend, **dict.fromkeys(self._converters, self._convert),
@@ -243,21 +246,35 @@ class Executor:
                 f"the model ran {phase} of {self.unit_names[unit]} where its program has {said}; every unit must run once in "
                 "each pass, in the order in which the model lists them"
             )
-        self._entered = due  # type: ignore[assignment]
+        self._entered = self.entered = due  # type: ignore[assignment]
         self._cursor += 1
-        ledger = current_ledger()
-        if ledger is not None:
-            ledger.enter(phase, f"{phase} of {self.unit_names[unit]}")
-            if phase != "backward":
-                ledger.open_scope()
+        begin_pass(due, self.unit_names[unit])  # type: ignore[arg-type]
 
     def leave(self, unit: int, phase: str) -> None:
-        """``unit``'s pass is over: do what the program puts after it, up to the next unit's turn."""
-        if self._entered == Compute(unit, phase):  # type: ignore[arg-type]
-            ledger = current_ledger()
-            if ledger is not None and phase != "backward":
-                ledger.close_scope()
+        """``unit``'s pass is over: do what the program puts after it, up to the next unit's turn.
+
+        After the last unit of a forward pass a loss may still be computed outside: what comes next waits for backward.
+        """
+        if self._entered != Compute(unit, phase):  # type: ignore[arg-type]
+            return
+        if phase != "backward":
+            end_pass()
+        if phase == "loss" and self.peers is None:
+            self._entered = None
+        else:
             self.advance()
+        if phase != "backward":
+            self._between_passes()
+
+    def begin_forward(self) -> None:
+        """A forward pass begins: do what the program puts before its first unit."""
+        self.advance()
+        self._between_passes()
+
+    def _between_passes(self) -> None:
+        if self.peers is None:
+            due = self._events[self._cursor] if self._cursor < len(self._events) else None
+            between_passes(due, self.unit_names)
 
     def finish(self) -> None:
         """The backward pass has returned: do what is left of the micro-batch."""
@@ -339,26 +356,11 @@ class Executor:
                 n_bytes, self._work[event.tag] = move(event.group, self.streams)
             self.copy_bytes[event.stream] += n_bytes
             return
-        source, target = self._ends_of(event, self.storages[event.group])
+        source, target = self.storages[event.group].ends_of(event)
         assert source.numel() * source.element_size() == event.n_bytes
         self.copy_bytes[event.stream] += event.n_bytes
         with self.parts.part("offload"):
             self._work[event.tag] = self.streams.copy(event.stream, source, target)
-
-    def _ends_of(self, event: Copy, s: GroupStorage) -> tuple[Tensor, Tensor]:
-        """Source and target of a copy."""
-        tensors = s.tensors
-        if event.purpose == "params":
-            return tensors["kept_params"], tensors["staging"] if "staging" in tensors else tensors["full_params"]
-        if event.purpose == "grads":
-            return s.reduced_grads[: tensors["host_grads"].numel()], tensors["host_grads"]
-        if event.stream == "d2h":
-            return tensors["full_params"], tensors["kept_params"]
-        if s.is_offloaded:
-            return s.step_params, s.own_full_params
-        source = tensors.get("host_update", tensors.get("master"))
-        assert source is not None
-        return source, s.device_shard[: source.numel()]
 
     @torch.no_grad()
     def _send(self, event: Send) -> None:
@@ -468,6 +470,8 @@ class Executor:
     def _step(self, shards: list[Shard], config: OptimizerConfig, control: Control, on_host: bool) -> None:
         kind = self.strategy.optimizer
         if self._fused_step and not on_host:
+            if kind == "adamw8bit" and not has_data(shards[0].master):
+                return  # all that its step makes is dropped again
             states = [list(of_all) for of_all in zip(*(shard.states for shard in shards), strict=True)]
             copies = [shard.target for shard in shards if shard.target is not None] or None
             optimizer_step(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from estimator.errors import InputError
+from estimator.memory.recorded import replay_recorded, settings_of
 from runtime.ledger import Block
 from runtime.snapshot import Named, attribute
 
@@ -24,10 +27,13 @@ class AllocatorHistory:
         self._before: list[Any] = []
         self._trace: list[Any] = []
         self._n_before = 0
+        self._options: dict[str, Any] = {}
 
     def __enter__(self) -> AllocatorHistory:
         self._cuda.synchronize()
-        self._before = self._segments()
+        snapshot = self._cuda.memory._snapshot()
+        self._options = {"allocator_settings": snapshot.get("allocator_settings", {})}
+        self._before = self._segments(snapshot)
         self._n_before = self._n_allocations()
         self._cuda.memory._record_memory_history("all", context=None, clear_history=True)
         return self
@@ -46,14 +52,22 @@ class AllocatorHistory:
             self._notes.append((self._n_allocations() - self._n_before, address, block))
 
     def attribution(self) -> dict[str, Any]:
-        """``runtime.snapshot.attribute`` of what was recorded; the ledger must have made up its mind on every block."""
+        """``runtime.snapshot.attribute`` of what was recorded; the ledger must have made up its mind on every block. Beside it, as
+        ``simulated``, how the estimator's simulator of the allocator fares with the same requests, or why it does not."""
         named = [Named(n_before, address, block.category) for n_before, address, block in self._notes]
-        return attribute(self._before, self._trace, named)
+        return {**attribute(self._before, self._trace, named), "simulated": self._simulated()}
 
-    def _segments(self) -> list[Any]:
+    def _simulated(self) -> dict[str, Any]:
+        try:
+            settings = settings_of(self._options)
+        except InputError as error:
+            return {"refused": str(error)}
+        return asdict(replay_recorded(self._before, self._trace, settings))
+
+    def _segments(self, snapshot: dict[str, Any]) -> list[Any]:
         """The current device's."""
         device = self._cuda.current_device()
-        return [s for s in self._cuda.memory._snapshot()["segments"] if s.get("device", device) == device]
+        return [s for s in snapshot["segments"] if s.get("device", device) == device]
 
     def _n_allocations(self) -> int:
         """Since the program began: what tells two tensors at one address apart."""

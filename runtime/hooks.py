@@ -28,6 +28,8 @@ class UnitHooks:
     ) -> None:
         """``has_loss``: the last unit's pass is the loss; not so on most ranks of a pipeline."""
         self._executor, self._clock = executor, clock
+        self.backward = "backward"
+        """What the program calls the pass that gradients of outputs begin."""
         self._last = len(live) - 1 if has_loss else None
         self._first_trained = first_trained([u.unit for u in live])
         self._turns: dict[nn.Module, list[int]] = {}
@@ -73,7 +75,7 @@ class UnitHooks:
             nonlocal begun
             if not begun:
                 begun = True
-                self._executor.enter(unit, "backward")
+                self._executor.enter(unit, self.backward)
 
         for output in outputs:
             output.register_hook(hook)

@@ -36,6 +36,8 @@ class Block:
     scope: int
     passes_on: bool = True
     """Whether what is made of it element by element is of its category too, where that is ``logits_loss``."""
+    managed: bool = False
+    """Reported by ``Ledger.hold``: the program's, not the model's."""
 
 
 @dataclass(slots=True)
@@ -72,7 +74,7 @@ class Ledger(TorchDispatchMode):
 
     def hold(self, key: int, buffer: Buffer, storage: torch.UntypedStorage | None = None) -> None:
         """A managed buffer now occupies its bytes, those of ``storage`` where that is told."""
-        block = Block(buffer.n_bytes, buffer.category, buffer.place == "host", 0)
+        block = Block(buffer.n_bytes, buffer.category, buffer.place == "host", 0, managed=True)
         assert key not in self._held, f"{buffer} is held twice"
         self._held[key] = block
         if self._on_birth is not None and storage is not None:
@@ -94,6 +96,10 @@ class Ledger(TorchDispatchMode):
         """From now on bytes are counted under ``phase``; ``where`` names the unit and pass."""
         self._log.entries.append((phase, where))
         self._log.phase = (phase, where)
+
+    def now(self) -> tuple[str, str] | None:
+        """Phase and place under which bytes are counted; ``None`` where they are not (``blind``)."""
+        return None if self._blind else self._log.phase
 
     def last_of_logits(self, tensor: torch.Tensor) -> None:
         """``tensor``, though of the loss, is no logits: what is made of it is not either."""
@@ -135,7 +141,9 @@ class Ledger(TorchDispatchMode):
         self._category.append(UNDECIDED)
 
     def close_scope(self) -> None:
-        """The pass is over: what is still alive is an activation."""
+        """The pass is over: what is still alive is an activation. Nothing, where none is open."""
+        if not self._open_scope:
+            return
         for block in self._live.values():
             if block.scope == self._open_scope and block.category == UNDECIDED:
                 block.category = "activations"
@@ -197,6 +205,19 @@ class Ledger(TorchDispatchMode):
         """Forget the past; what is live now is the baseline of the step that begins."""
         phase = self._log.phase
         self._log = _Log(start=[*self._live.values(), *self._held.values()], start_phase=phase, phase=phase)
+
+    def passes(self) -> Iterator[tuple[str, str, list[tuple[str, int]]]]:
+        """Since ``start_step``: every stretch between two calls of ``enter`` as phase, place, and what the model itself (not the
+        program) then allocated and freed on the device, category and bytes by turns."""
+        phase, where = self._log.start_phase
+        changes: list[tuple[str, int]] = []
+        for entry in self._log.entries:
+            if isinstance(entry[0], str):
+                yield phase, where, changes
+                (phase, where), changes = entry, []  # type: ignore[assignment]
+            elif not (entry[0].managed or entry[0].host):
+                changes.append((entry[0].category, entry[1]))  # type: ignore[arg-type]
+        yield phase, where, changes
 
     def report(self) -> StepMemory:
         """Peaks since ``start_step``. Only device bytes count towards the peak."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from estimator.errors import InputError, invalid
 from estimator.job.strategy import Optimizer
 from estimator.schedule.buffers import UPDATE_CHUNK_NUMEL
 from runtime.context import has_data
-from runtime.kernels.rules import Adam, Rule, Sgd
+from runtime.kernels.optimizer import State
+from runtime.kernels.rules import Adagrad, Adam, Control, Lion, Rule, Sgd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,10 @@ class OptimizerConfig:
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates; SGD uses the first as its momentum."""
+    """Decay rates of Adam and Lion; SGD uses the first as its momentum."""
     eps: float = 1e-8
     weight_decay: float = 0.01
-    """Decoupled for AdamW, added to the gradient for Adam and SGD."""
+    """Decoupled for AdamW and Lion, added to the gradient for Adam, SGD and Adagrad."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < float("inf"):
@@ -40,7 +41,11 @@ def rule_of(kind: Optimizer, config: OptimizerConfig) -> Rule:
     """The rule by which ``runtime.kernels`` takes the step that ``update`` takes with torch."""
     if kind == "sgd":
         return Sgd(momentum=config.betas[0], weight_decay=config.weight_decay)
-    return Adam(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, decoupled=kind == "adamw")
+    if kind == "lion":
+        return Lion(betas=config.betas, weight_decay=config.weight_decay)
+    if kind == "adagrad":
+        return Adagrad(eps=config.eps, weight_decay=config.weight_decay)
+    return Adam(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, decoupled=kind != "adam")
 
 
 def update(
@@ -50,8 +55,14 @@ def update(
     """One step, in place. ``param``, ``grad``, ``states``: fp32 of one shape; ``step``: fp32 of one element, 1 on the first
     step; ``skip``: likewise, on the same device: where it is 1 nothing is changed.
 
-    Kingma & Ba 2015 (Adam), Loshchilov & Hutter 2019 (AdamW), Sutskever et al. 2013 (SGD with momentum), as in torch.optim.
+    Kingma & Ba 2015 (Adam), Loshchilov & Hutter 2019 (AdamW), Sutskever et al. 2013 (SGD with momentum), as in torch.optim;
+    Chen et al. 2023 (Lion) and Duchi et al. 2011 (Adagrad) as the kernels' references, with new tensors on the way.
     """
+    if kind in ("lion", "adagrad"):
+        new, new_states = rule_of(kind, config).stepped(param, grad, states, Control(lr=lr, step=step))
+        for old, value in zip((param, *states), (new, *new_states), strict=True):
+            old.copy_(value if skip is None else torch.where(skip != 0, old, value))
+        return
     if kind == "sgd":
         if has_data(param):  # torch's fused SGD has no form for tensors without data; it allocates nothing
             torch._fused_sgd_(
@@ -73,7 +84,7 @@ class Shard:
     master: Tensor
     grads: Tensor
     """Changed by the step when they are fp32."""
-    states: list[Tensor]
+    states: Sequence[State]
     target: Tensor | None
     """Where the new parameters go in the model's dtype; ``None``: ``master`` is the parameter itself."""
     temp: Tensor | None
@@ -88,7 +99,7 @@ def step_shard(
     ``update`` is, rounded to nearest."""
     for start in range(0, shard.master.numel(), UPDATE_CHUNK_NUMEL):
         part = slice(start, min(start + UPDATE_CHUNK_NUMEL, shard.master.numel()))
-        own = [flat[part] for flat in (shard.grads, shard.master, *shard.states)]
+        own = [flat[part] for flat in (shard.grads, shard.master, *_wide_states(shard))]
         grad, master, *states = wide = _widened(own, shard.temp)
         if factor is not None:
             grad.mul_(factor)
@@ -98,6 +109,12 @@ def step_shard(
                 narrow.copy_(stepped)
         if shard.target is not None:
             shard.target[part].copy_(master)
+
+
+def _wide_states(shard: Shard) -> list[Tensor]:
+    states = [state for state in shard.states if isinstance(state, Tensor)]
+    assert len(states) == len(shard.states), "8-bit states are stepped by runtime.kernels.optimizer"
+    return states
 
 
 def _widened(tensors: list[Tensor], temp: Tensor | None) -> list[Tensor]:

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from torch import Tensor
+
 from estimator.errors import InputError, invalid
+from runtime.kernels.optimizer import State
 from runtime.optimizer import OptimizerConfig, Shard
 from runtime.storage import GroupStorage
 
@@ -104,12 +107,20 @@ def _pieces(
     return [Piece(coefficients, tuple(of)) for coefficients, of in spans.items()]
 
 
+def _cut(state: State, span: slice) -> State:
+    """Blocks of 8-bit states are not cut: parameter groups do not go with them."""
+    if isinstance(state, Tensor):
+        return state[span]
+    assert span == slice(0, state.codes.numel()), f"{span} of 8-bit states"
+    return state
+
+
 def cut_shard(shard: Shard, span: slice) -> Shard:
     """``span`` of ``shard``."""
     return replace(
         shard,
         master=shard.master[span],
         grads=shard.grads[span],
-        states=[state[span] for state in shard.states],
+        states=[_cut(state, span) for state in shard.states],
         target=None if shard.target is None else shard.target[span],
     )

@@ -36,6 +36,8 @@ class RecomputeClock:
 
     def __init__(self, parts: PartClock) -> None:
         self.active = False
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """What every forward pass, and so every replay, runs inside."""
         self._parts = parts
 
     @contextmanager
@@ -45,7 +47,7 @@ class RecomputeClock:
         if ledger is not None:
             ledger.open_scope()
         try:
-            with self._parts.part("recompute"), inner:
+            with self._parts.part("recompute"), self.around(), inner:
                 yield
         finally:
             self.active = False

@@ -16,7 +16,9 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from estimator.errors import InputError
 from estimator.job.strategy import Strategy
+from runtime.functional import attending_by
 from runtime.kernels.registry import switched_off
 from runtime.optimizer import LossScaler, OptimizerConfig
 from runtime.storage import TORCH_DTYPES
@@ -72,6 +74,10 @@ def train_plain(
     Of ``strategy`` only the stage's order of additions, dtypes, optimizer, clipping, delay and staleness matter: sharding, offload and
     recomputation change nothing. A delayed update leaves the model with the parameters of the step before. The model is left in the strategy's dtype.
     """
+    if strategy.optimizer == "adamw8bit":
+        raise InputError(
+            "optimizer is 'adamw8bit', which rounds moments in blocks of flat shards; allowed in plain PyTorch: adamw, adam, sgd, lion, adagrad"
+        )
     masters = [p.detach().to(TORCH_DTYPES[strategy.masters], copy=True).float() for p in model.parameters()]
     model.to(TORCH_DTYPES[strategy.dtype])
     params = list(model.parameters())
@@ -84,7 +90,8 @@ def train_plain(
         losses.append([[0.0] * n_micro_batches for _ in range(n_ranks)])
 
         def gradients(rank: int, micro: int, step: int = step) -> Sequence[Tensor]:
-            loss = model(*batches(step, rank, micro))
+            with attending_by(strategy.attention):
+                loss = model(*batches(step, rank, micro))
             losses[step][rank][micro] = loss.item()
             grads = torch.autograd.grad(loss * (scaler.factor / n_micro_batches), params)
             return [grad.to(TORCH_DTYPES[strategy.grads]) for grad in grads]
@@ -97,8 +104,8 @@ def train_plain(
                 return _sum(_sum(gradients(r, m) for r in ranks) for m in range(n_micro_batches))
             return _sum(pushed(_sum(gradients(r, m) for m in range(n_micro_batches))) for r in ranks)
 
-        size = strategy.shard_size or n_ranks
-        total = _sum(of_replica(range(first, first + size)) for first in range(0, n_ranks, size))
+        size = max(1, strategy.shard_size // strategy.cp) if strategy.shard_size else n_ranks
+        total = _sum(of_replica(range(first, min(first + size, n_ranks))) for first in range(0, n_ranks, size))
         under_way.append(total)
         if len(under_way) <= strategy.staleness:
             continue
@@ -127,7 +134,7 @@ def _round(strategy: Strategy, masters: Iterable[Tensor], stepper: torch.optim.O
     for tensor in masters:
         tensor.copy_(tensor.to(TORCH_DTYPES[strategy.masters]))
     for state in stepper.state.values():
-        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum"):
             if name in state:
                 state[name].copy_(state[name].to(TORCH_DTYPES[strategy.states]))
 
@@ -154,8 +161,30 @@ def _optimizer(strategy: Strategy, config: OptimizerConfig, masters: list[Tensor
         return torch.optim.SGD(
             masters, lr=config.lr, momentum=config.betas[0], weight_decay=config.weight_decay, fused=True
         )
+    if strategy.optimizer == "adagrad":
+        return torch.optim.Adagrad(masters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay)
+    if strategy.optimizer == "lion":
+        return _Lion(masters, config)
     kind = torch.optim.AdamW if strategy.optimizer == "adamw" else torch.optim.Adam
     return kind(masters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+
+
+class _Lion(torch.optim.Optimizer):
+    """Chen et al. 2023, algorithm 2, which torch has not."""
+
+    def __init__(self, params: list[Tensor], config: OptimizerConfig) -> None:
+        super().__init__(params, {})
+        self._config = config
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        assert closure is None
+        config = self._config
+        for param in self.param_groups[0]["params"]:
+            momentum = self.state[param].setdefault("exp_avg", torch.zeros_like(param))
+            sign = (config.betas[0] * momentum + (1 - config.betas[0]) * param.grad).sign()
+            param.sub_(config.lr * (sign + config.weight_decay * param))
+            momentum.mul_(config.betas[1]).add_((1 - config.betas[1]) * param.grad)
 
 
 def relative_difference(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:

@@ -16,9 +16,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from estimator.errors import InputError
+from estimator.job.cluster import Gpu
 from estimator.job.grouping import rounding_fields
 from estimator.job.job import Job
 from estimator.job.kernels import KERNELS, kernels_in_use
+from estimator.job.strategy import Strategy
 from estimator.memory.reader import StepMemory
 from estimator.ops.kernels.chip import chip_of
 from estimator.sharding.sparse import TOKEN_TABLE
@@ -41,6 +43,7 @@ from runtime.parallel.experts import experts_for
 from runtime.parallel.layers import WholeLayers
 from runtime.parallel.tensor import TensorParallel
 from runtime.reference import PARITY_OPTIMIZER, relative_difference, train_plain
+from runtime.storage import TORCH_DTYPES
 
 Device = Literal["cpu", "cuda", "meta", "fake-cpu"]
 """``meta`` and ``fake-cpu`` are tensors without data: such as a GPU's kernels make, and such as a CPU's do."""
@@ -137,25 +140,24 @@ def run_session(
     if device == "cpu":
         keep_freed_memory()
         return _run(job, device, options, rank, on_step, is_real=True)
-    with _kernels_of(job):
+    with kernels_for(job.cluster.gpu, job.strategy):
         return _run(job, device, options, rank, on_step, is_real=device != "meta")
 
 
 @contextmanager
-def _kernels_of(job: Job) -> Iterator[None]:
-    """Inside, the kernels that work are those that the job's forecast counts on, and ``meta`` stands for its GPU.
+def kernels_for(gpu: Gpu | None, strategy: Strategy) -> Iterator[None]:
+    """Inside, the kernels that work are those that a forecast for ``gpu`` counts on (none without one), and ``meta`` stands for it.
 
     Raises ``InputError`` where the environment switches off others.
     """
-    gpu = job.cluster.gpu
-    wanted = kernels_in_use(gpu.arch, job.strategy.kernels_off)
+    wanted = kernels_in_use(gpu.arch, strategy.kernels_off) if gpu is not None else frozenset()
     missing = sorted(name for name in wanted if not registry.enabled(name))
     if missing:
         raise InputError(
             f"{registry.ENVIRONMENT} switches off {', '.join(missing)}, which the job's forecast counts on; "
             "allowed: the names in the job's strategy.kernels_off"
         )
-    chip = loader.standing_for(chip_of(gpu.arch, gpu.n_sms)) if wanted else nullcontext()
+    chip = loader.standing_for(chip_of(gpu.arch, gpu.n_sms)) if gpu is not None and wanted else nullcontext()
     with chip, registry.switched_off(*(KERNELS.keys() - wanted)):
         yield
 
@@ -241,7 +243,9 @@ def _make_engine(job: Job, device: str, options: SessionOptions, is_real: bool, 
     comm = Communicator(job.mesh)
     context = made_for(job.strategy.cp_kind, comm)
     if job.strategy.tp > 1:
-        layers: WholeLayers = TensorParallel(comm, sequence=job.strategy.sequence_parallel, context=context)
+        layers: WholeLayers = TensorParallel(
+            comm, sequence=job.strategy.sequence_parallel, context=context, experts=experts_for(job.strategy, comm)
+        )
     else:
         layers = WholeLayers(context, experts_for(job.strategy, comm))
     if job.strategy.pp > 1:
@@ -289,19 +293,24 @@ def _parity(
 
 
 class _Batches:
-    """Random token ids, and the labels that they go with."""
+    """Random token ids, or images, and the labels that they go with."""
 
     def __init__(self, job: Job, device: str, seed: int, context: WholeContext | None = None) -> None:
         """``context``: of which a rank gets its own tokens."""
         self.shape = (job.workload.micro_batch_size, job.workload.seq_len)
         self.model, self.device, self.context = job.model, device, context or WholeContext()
+        self.dtype = TORCH_DTYPES[job.strategy.dtype]
         self.generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        def draw() -> torch.Tensor:
-            return torch.randint(self.model.vocab_size, self.shape, device=self.device, generator=self.generator)
+        def draw(shape: tuple[int, ...] = self.shape) -> torch.Tensor:
+            return torch.randint(self.model.vocab_size, shape, device=self.device, generator=self.generator)
 
         with input_memory():
+            if self.model.patches is not None:
+                shape = (self.shape[0], self.model.patches.channels, *(self.model.patches.image_size,) * 2)
+                images = torch.randn(shape, dtype=self.dtype, device=self.device, generator=self.generator)
+                return images, draw(self.shape[:1])
             ids, labels = random_batch(self.model, draw)
             return self.context.own(ids), self.context.own(labels)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from estimator.job.strategy import Strategy
 from estimator.schedule.buffers import GroupBuffers
-from estimator.schedule.events import Buffer
+from estimator.schedule.events import Buffer, Copy
 from estimator.sharding.layout import Group, Slot
 from runtime.context import current_ledger, managed_memory
 from runtime.offload.states import NvmeStates, slot_memory
@@ -41,7 +41,7 @@ class GroupStorage:
         self.dtype, self.grad_dtype = TORCH_DTYPES[strategy.dtype], TORCH_DTYPES[strategy.grads]
         self._step_dtypes = {
             "master_params": TORCH_DTYPES[strategy.masters],
-            "optimizer_state": TORCH_DTYPES[strategy.states],
+            "optimizer_state": torch.uint8 if strategy.optimizer == "adamw8bit" else TORCH_DTYPES[strategy.states],
         }
         self.masters_dtype = self._step_dtypes["master_params"]
         self.device, self.rank = device, rank
@@ -214,6 +214,21 @@ class GroupStorage:
         if kept is None:
             return self.own_full_params
         return kept if kept.numel() == self.group.shard_numel else self._own_slice(kept)
+
+    def ends_of(self, event: Copy) -> tuple[Tensor, Tensor]:
+        """Source and target of a copy between device and host."""
+        tensors = self.tensors
+        if event.purpose == "params":
+            return tensors["kept_params"], tensors["staging"] if "staging" in tensors else tensors["full_params"]
+        if event.purpose == "grads":
+            return self.reduced_grads[: tensors["host_grads"].numel()], tensors["host_grads"]
+        if event.stream == "d2h":
+            return tensors["full_params"], tensors["kept_params"]
+        if self.is_offloaded:
+            return self.step_params, self.own_full_params
+        source = tensors.get("host_update", tensors.get("master"))
+        assert source is not None
+        return source, self.device_shard[: source.numel()]
 
     @property
     def master(self) -> Tensor:

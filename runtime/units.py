@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -23,20 +24,14 @@ class LiveUnit(NamedTuple):
 
 
 def find_units(model: nn.Module) -> list[LiveUnit]:
-    """The children of ``model`` in order, lists of modules taken apart (``embed``, ``blocks.0``, ..., ``head``).
+    """The children of ``model`` in order, lists of modules taken apart (``embed``, ``blocks.0``, ..., ``head``), and so are children
+    that have such a list of blocks (a Hugging Face model's ``model.layers``).
 
     They must run once each per forward pass, in this order, and hold all parameters; a parameter that several share
     belongs to the first, the others borrow it. A module that is listed more than once is as many units, which share all
     parameters. Raises ``InputError`` otherwise.
     """
-    modules: list[tuple[str, nn.Module]] = []
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
-            modules += [(f"{name}.{i}", part) for i, part in enumerate(child)]
-        elif isinstance(child, nn.ModuleDict):
-            modules += [(f"{name}.{key}", part) for key, part in child.items()]
-        else:
-            modules.append((name, child))
+    modules = list(_parts(model))
     own = [name for name, _ in model.named_parameters(recurse=False)]
     if own:
         raise InputError(
@@ -77,3 +72,33 @@ def find_units(model: nn.Module) -> list[LiveUnit]:
     if not any(unit.unit.is_trained for unit in units):
         raise InputError("no parameter of the model requires a gradient; there is nothing to train")
     return units
+
+
+def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from ((f"{prefix}{name}.{i}", part) for i, part in enumerate(child))
+        elif isinstance(child, nn.ModuleDict):
+            yield from ((f"{prefix}{name}.{key}", part) for key, part in child.items())
+        elif _has_blocks(child):
+            yield from _parts(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    """Whether its parameters are those of modules among which there is a list of blocks: of several modules of one class, which
+    have modules in turn."""
+    if next(module.parameters(recurse=False), None) is not None:
+        return False
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            if (
+                len(child) > 1
+                and len({type(part) for part in child}) == 1
+                and all(any(part.children()) for part in child)
+            ):
+                return True
+        elif _has_blocks(child):
+            return True
+    return False

@@ -36,7 +36,7 @@ def test_import_rules_catch_an_arrow_upwards(tmp_path: Path) -> None:
     for floor in FLOORS:
         (tmp_path / floor).mkdir()
         (tmp_path / floor / "__init__.py").write_text("")
-    for room in ("plan", "predict", "memory", "time", "schedule", "ops", "sharding"):
+    for room in ("plan", "run", "views", "predict", "memory", "time", "schedule", "ops", "sharding"):
         (tmp_path / "estimator" / f"{room}.py").write_text("")
     (tmp_path / "estimator" / "plan.py").write_text("import dashboard\nimport torch\n")
     (tmp_path / "pyproject.toml").write_text((TREE / "pyproject.toml").read_text(encoding="utf-8"))

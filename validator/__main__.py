@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m validator", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(
-        required=True, metavar="campaign | calibrate | measure | compare | export | import | publish"
+        required=True, metavar="campaign | calibrate | measure | compare | export | import | publish | fit"
     )
     _add_campaign(commands)
     _add_calibrate(commands)
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "import": (_import, "add the reports of a file to the store"),
     }
     _add_publish(commands)
+    _add_fit(commands)
     sub = {}
     for name, (function, text) in parts.items():
         sub[name] = commands.add_parser(name, help=text, description=text)
@@ -122,9 +123,34 @@ def _add_calibrate(commands: Any) -> None:
         "--nccl-tests", type=Path, nargs="+", default=(), metavar="FILE", help="output of all_reduce_perf, ..."
     )
     sub.add_argument(
-        "--import-only", action="store_true", help="measure nothing: put --nccl-tests into the profile at --out"
+        "--import-only",
+        action="store_true",
+        help="measure nothing: put --nccl-tests into the profile at --out, or make one of the GPU's shipped curves",
     )
     sub.set_defaults(command=_calibrate)
+
+
+def _add_fit(commands: Any) -> None:
+    text = "fit the constants of frameworks on GPUs to published step times (estimator/catalog/stacks.json)"
+    sub = commands.add_parser("fit", help=text, description=text)
+    sub.add_argument("--runs", type=Path, metavar="FILE", help="CSV of published runs (default: those of this project)")
+    sub.add_argument("--write", type=Path, metavar="FILE", required=True, help="JSON to write")
+    sub.set_defaults(command=_fit)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from estimator.time.stack import write_stacks
+    from validator.published import read_runs
+    from validator.published.cases import TABLE, cases_of, fit_stacks
+
+    cases = cases_of(read_runs(args.runs or TABLE))
+    if not cases:
+        raise InputError(f"runs is {str(args.runs or TABLE)!r}, of which no run has a step time and can be forecast")
+    def say(what: str) -> None:
+        sys.stderr.write(f"{what}\n")
+
+    write_stacks(args.write, fit_stacks(cases, say))
+    return 0
 
 
 def _add_publish(commands: Any) -> None:
@@ -202,7 +228,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     if args.import_only:
         if not args.nccl_tests:
             raise InputError("--import-only is given without --nccl-tests FILE")
-        profile = import_nccl_tests(args.out, args.nccl_tests)
+        profile = import_nccl_tests(args.out, args.nccl_tests, args.gpu)
     else:
         gpu = None
         if args.device == "cuda":

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from estimator.errors import InputError as InputError
     from estimator.job import Job as Job
     from estimator.job import ModelSpec as ModelSpec
+    from estimator.memory.allocator_settings import AllocatorSettings as AllocatorSettings
     from estimator.plan import plan as plan
     from estimator.predict import predict as predict
     from estimator.report import StepReport as StepReport
     from runtime import initialize as initialize
+    from runtime.tracing import trace as trace
     from validator.measure.runner import measure as measure
 
 _HOMES = {
+    "AllocatorSettings": "estimator.memory.allocator_settings",
     "InputError": "estimator.errors",
     "Job": "estimator.job",
     "ModelSpec": "estimator.job",
@@ -31,9 +34,12 @@ _HOMES = {
     "measure": "validator.measure.runner",
     "plan": "estimator.plan",
     "predict": "estimator.predict",
+    "trace": "runtime.tracing",
 }
 
-__all__ = ["InputError", "Job", "ModelSpec", "StepReport", "initialize", "measure", "plan", "predict"]
+__all__ = [
+    "AllocatorSettings", "InputError", "Job", "ModelSpec", "StepReport", "initialize", "measure", "plan", "predict", "trace",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

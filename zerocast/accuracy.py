@@ -10,7 +10,6 @@ import numpy as np
 
 from dashboard.data import Row, blame_table, compared_rows, group_table, refusals, summary_table, term_label
 from estimator.report import StepReport
-from estimator.time.interval import PUBLISHED_RUNS
 from validator.compare import GATED, GROUPINGS, Compared, Comparison, group_errors
 from validator.store.files import RecordFile
 from zerocast import __version__
@@ -21,8 +20,8 @@ _WRITTEN = "Written on "
 """Begins the one line that does not follow from the records."""
 
 
-def accuracy_page(files: Sequence[RecordFile], result: Compared, command: str) -> str:
-    """The page about the records in ``files``, which ``command`` wrote."""
+def accuracy_page(files: Sequence[RecordFile], result: Compared, command: str, published: Sequence[str] = ()) -> str:
+    """The page about the records in ``files``, which ``command`` wrote, and sections about ``published`` runs."""
     c = result.comparison
     moved = {row["term"] for row in compared_rows(c.rows)}
     parts = [
@@ -37,11 +36,11 @@ def accuracy_page(files: Sequence[RecordFile], result: Compared, command: str) -
         "processes on a CPU. The memory of both is that of live tensors, without a GPU's caching allocator. Forecasts use the profile that was calibrated on the machine of the records, where the table "
         "says so, and the shipped curves otherwise.",
         "## Records",
-        _table([_source(file) for file in files]),
+        markdown_table([_source(file) for file in files]),
         "What else the machines were doing is said in the README beside the records: a busy machine measures long steps.",
         *(f"- `{file.path.name}`, profile: {note}." for file in files if file.profile for note in file.profile.notes),
         "## Each term",
-        _table(summary_table(s for s in c.summaries if s.term in moved)),
+        markdown_table(summary_table(s for s in c.summaries if s.term in moved)),
         f"Bytes on the wire must be equal: {_wire(c)}.",
     ]
     for term in GATED:
@@ -49,7 +48,7 @@ def accuracy_page(files: Sequence[RecordFile], result: Compared, command: str) -
     parts += ["## Worst first", *_worst(c), "## Does it fit?", *_verdicts(c)]
     if result.refused:
         parts += ["## Not forecast", _refused(result.refused)]
-    return "\n\n".join([*parts, *_published()]) + "\n"
+    return "\n\n".join([*parts, *published]) + "\n"
 
 
 def stable_part(page: str) -> str:
@@ -57,7 +56,7 @@ def stable_part(page: str) -> str:
     return "\n".join(line for line in page.splitlines() if not line.startswith(_WRITTEN))
 
 
-def _table(rows: Sequence[Row]) -> str:
+def markdown_table(rows: Sequence[Row]) -> str:
     if not rows:
         return "None."
     heads = list(rows[0])
@@ -118,7 +117,7 @@ def _term_section(c: Comparison, term: str) -> list[str]:
         ]
         parts += ["\n".join(lines)] if lines else []
     several = [table for table in tables if len(table) > 1]
-    return [*parts, *(_table(_without(group_table(table), "term")) for table in several or tables[:1])]
+    return [*parts, *(markdown_table(_without(group_table(table), "term")) for table in several or tables[:1])]
 
 
 def _without(rows: Sequence[Row], name: str) -> list[Row]:
@@ -131,7 +130,7 @@ def _worst(c: Comparison) -> list[str]:
     for total in ("collective_bytes", *GATED):
         rows = blame_table([b for b in c.blames if b.total == total][:WORST])
         if rows:
-            parts.append(_table(_without(rows, "error")))
+            parts.append(markdown_table(_without(rows, "error")))
     return parts or ["None."]
 
 
@@ -146,17 +145,8 @@ def _verdicts(c: Comparison) -> list[str]:
     rows = [{"forecast": names[p], "measured": names[m], "runs": n} for (p, m), n in counts.items()]
     wrong = [v for v in c.verdicts if v.predicted != v.measured]
     lines = [f"- {v.case} [{v.origin}]: the forecast {names[v.predicted]}, the run {names[v.measured]}." for v in wrong]
-    return [_table(rows), *(["\n".join(lines)] if lines else [])]
+    return [markdown_table(rows), *(["\n".join(lines)] if lines else [])]
 
 
 def _refused(refused: dict[str, str]) -> str:
     return "\n".join(f"- {len(keys)} jobs: {reason}." for reason, keys in refusals(refused).items())
-
-
-def _published() -> list[str]:
-    known = PUBLISHED_RUNS
-    return [
-        "## Published step times",
-        f"Not from the records above: {known.n_runs} published runs took {known.median} times the forecast made with shipped curves in the "
-        f"median, and 95% of them at most {known.high} times. Source: {known.source}.",
-    ]

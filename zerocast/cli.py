@@ -17,6 +17,10 @@ from zerocast.failed import Failed
 COMMANDS = {
     "predict": "Forecast memory and time of one training step.",
     "plan": "Rank every ZeRO stage x offload x recompute x micro-batch for a model and cluster.",
+    "budget": "What a whole training run costs: days, dollars, kWh, checkpoints, goodput.",
+    "explain": "Say why a forecast is what it is, and what would change it.",
+    "trace": "Write the forecast step as a trace for ui.perfetto.dev.",
+    "plot": "Draw a forecast: memory over the step, where the time goes, the roofline.",
     "measure": "Run a training step on this machine and hold it against its forecast.",
     "calibrate": "Measure this machine into a hardware profile.",
     "compare": "Hold recorded runs against their forecasts; fail when they drift.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,9 +20,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--model", str, "NAME|PATH", "Catalogue name, or a Hugging Face config.json or its folder."),
-    ("--gpu", str, "NAME", "GPU of the catalogue, e.g. h100-sxm."),
+    ("--gpu", str, "NAME", "GPU of the catalogue, e.g. h100-sxm, or a machine type such as aws-p5.48xlarge."),
     ("--gpus", int, "N", "Number of GPUs."),
     ("--gpus-per-node", int, "N", "GPUs in one server."),
+    ("--internode-gbps", float, "X", "Network between nodes, gigabits per second and GPU."),
+    ("--nvlink-domain", int, "N", "GPUs that NVLink joins beyond one server (72 in NVL72). 0: one server's."),
+    ("--nodes-per-leaf", int, "N", "Servers under one leaf switch. 0: all."),
+    ("--oversubscription", float, "X", "With --nodes-per-leaf: a leaf switch's bandwidth down over that up."),
+    ("--rail-optimized", bool, "true|false", "The i-th network cards of servers share a leaf switch."),
+    ("--in-network-reduction", bool, "true|false", "Network switches add up all-reduces (SHARP)."),
+    (
+        "--hierarchical",
+        bool,
+        "true|false",
+        "All-gathers and reduce-scatters in two steps, across servers and inside them.",
+    ),
     ("--zero", int, "0|1|2|3", "ZeRO stage."),
     ("--offload", str, "none|optimizer|optimizer,param|optimizer:nvme", "What lives in host memory or files."),
     ("--offload-fraction", float, "0..1", "Part of the optimizer that the host steps, with --offload optimizer."),
@@ -36,7 +48,7 @@ _FLAGS: tuple[tuple[str, Any, str, str], ...] = (
         "--recompute",
         str,
         "none|selective|full|PART,...",
-        "Activations recomputed in the backward pass; parts of a block: activation, attention, mlp, norms.",
+        "Activations recomputed in the backward pass; parts of a block: activation, attention, core_attention, mlp, norms.",
     ),
     ("--recompute-every", int, "K", "Every K-th block recomputes, the others keep everything."),
     (
@@ -49,9 +61,14 @@ _FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--grad-dtype", str, "model|fp32", "Dtype in which gradients are accumulated and reduced."),
     ("--master-dtype", str, "fp32|model", "model: no fp32 masters, a bf16 model's parameters are stepped themselves."),
     ("--state-dtype", str, "fp32|model", "Dtype of the optimizer's states; model: bf16 beside a bf16 model."),
+    ("--optimizer", str, "adamw|adam|sgd|lion|adagrad|lamb|adamw8bit|adafactor|muon", "Optimizer."),
     ("--persistent-numel", int, "N", "Largest parameter that stays gathered (stage 3, parameter offload)."),
-    ("--framework", str, "zerocast|fsdp1|fsdp2|deepspeed|megatron", "Whose training step is forecast."),
+    ("--framework", str, "zerocast|fsdp1|composer|fsdp2|deepspeed|megatron|megatron_bridge", "Whose training step is forecast."),
+    ("--overlap-comm", bool, "true|false", "DeepSpeed, ZeRO 1 and 2: one bucket is filled while another is reduced."),
+    ("--prefetch-numel", int, "N", "DeepSpeed, ZeRO 3: parameters gathered ahead of use, in elements."),
+    ("--live-numel", int, "N", "DeepSpeed, ZeRO 3: gathered parameters that stay, in elements."),
     ("--compile", bool, "true|false", "torch.compile of blocks (other frameworks than zerocast)."),
+    ("--compile-loss", bool, "true|false", "torch.compile of the loss (the same)."),
     ("--attention", str, "flash|efficient|math|eager", "Attention kernel."),
     ("--matmul-dtype", str, "model|fp8", "Dtype in which blocks' linear layers multiply."),
     ("--kernels-off", str, "NAME,...|all", "CUDA kernels of the runtime that plain torch replaces."),
@@ -118,6 +135,8 @@ class JobFlags:
 
     file: Path | None
     given: dict[str, Any]
+    module: str | None = None
+    """``FILE.py:NAME`` of a module that takes the model's place."""
 
     def job(self, local: HardwareProfile | None = None, **defaults: Any) -> Job:
         """The job that the file or the flags describe.
@@ -126,6 +145,8 @@ class JobFlags:
         user gave neither them nor a file. Raises ``InputError``.
         """
         place: dict[str, Any] = {"local_gpu": local.gpu, "local_host": local.host} if local else {}
+        if self.module is not None:
+            return self._traced_job({**defaults, **self.given}, place)
         if self.file is None:
             from estimator.job.options import JobOptions, build_job
 
@@ -142,6 +163,17 @@ class JobFlags:
         from estimator.job.files import load_job
 
         return load_job(self.file, **place)
+
+    def _traced_job(self, flags: dict[str, Any], place: dict[str, Any]) -> Job:
+        other = "--job" if self.file is not None else "--model" if "model" in flags else None
+        if other is not None:
+            raise InputError(f"--module and {other} are both given; allowed: one of them")
+        if "gpu" not in flags:
+            raise InputError("--gpu is not given; allowed: a name such as 'h100-sxm'")
+        from zerocast.module_file import traced_job
+
+        assert self.module is not None
+        return traced_job(self.module, flags, **place)
 
 
 def job_and_profile(
@@ -180,6 +212,21 @@ def job_flags(function: F) -> F:
         wrapped = click.option(name, type=kind, metavar=metavar, help=text, expose_value=False, callback=collect)(
             wrapped
         )
+    return wrapped  # type: ignore[no-any-return]
+
+
+def module_flag(function: F) -> F:
+    """Adds ``--module``; the command's ``flags`` then describe that module's job."""
+
+    @functools.wraps(function)
+    def run(*args: Any, flags: JobFlags, module: str | None, **kwargs: Any) -> Any:
+        return function(*args, flags=replace(flags, module=module), **kwargs)
+
+    wrapped: Any = click.option(
+        "--module",
+        metavar="FILE.py:NAME",
+        help="In place of --model: a function that gives (module, example_batch), which is traced.",
+    )(run)
     return wrapped  # type: ignore[no-any-return]
 
 

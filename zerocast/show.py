@@ -92,6 +92,8 @@ def job_title(job: Job) -> str:
         job.model.name, f"{c.n_gpus} x {c.gpu.name}", f"ZeRO-{s.zero_stage}", s.dtype, f"seq {w.seq_len}",
         f"micro-batch {w.micro_batch_size}", f"global batch {w.global_batch_size}",
     ]  # fmt: skip
+    if s.framework != "zerocast":
+        parts.insert(2, s.framework)
     if s.pp > 1:
         parts.append(f"pp {s.pp} {s.pp_schedule}" + (f" x {s.virtual_pp}" if s.virtual_pp > 1 else ""))
     if s.has_servers:
@@ -140,12 +142,16 @@ def show_memory(report: StepReport) -> None:
     table("Memory of one GPU", [("category", "left"), ("at the peak", "right"), *((n, "right") for n in names)], rows)
     place = f", reached in {report.peak_where or report.peak_phase}" if report.peak_where or report.peak_phase else ""
     say(f"peak of live tensors {bytes_cell(report.peak_allocated_bytes)}{place}")
+    if report.peak_reserved_bytes is not None:
+        say(f"reserved by the allocator {bytes_cell(report.peak_reserved_bytes)}")
     needed = needed_bytes(report)
     if report.fits is False and report.explanation:
         say(report.explanation)
     elif report.capacity_bytes and needed is not None:
         verdict = report.explanation or {True: "fits", False: "does not fit", None: "unknown"}[report.fits]
         say(f"needs {bytes_cell(needed)} of {bytes_cell(report.capacity_bytes)}: {verdict}")
+    if report.fits_probability is not None and 0.001 < report.fits_probability < 0.999:
+        say(f"how likely it is to fit: {percent_cell(report.fits_probability)}")
     if report.host_bytes:
         say(f"host memory of this rank {bytes_cell(report.host_bytes)}, pinned {bytes_cell(report.pinned_bytes)}")
     say("")

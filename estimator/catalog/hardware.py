@@ -15,7 +15,7 @@ from estimator.job.fields import nearest, number, refuse, shown, whole
 DATA = Path(__file__).parent / "data"
 
 GPU_FIELDS = ("arch", "memory_bytes", "memory_bytes_per_s", "peak_flops", "n_sms", "l2_bytes", "link_bytes_per_s",
-              "host_link_bytes_per_s", "context_bytes")  # fmt: skip
+              "host_link_bytes_per_s", "context_bytes", "link_kind", "tdp_watts")  # fmt: skip
 
 
 @lru_cache(maxsize=32)
@@ -59,7 +59,7 @@ def gpu(name: str) -> Gpu:
 @lru_cache(maxsize=64)
 def _build_gpu(key: str) -> Gpu:
     entry = load_data("gpus.json")[key]
-    figures = {field: entry[field] for field in GPU_FIELDS}
+    figures = {field: entry[field] for field in GPU_FIELDS if field in entry}
     return Gpu(name=key, **figures, source=" ; ".join(entry["source"]), unsourced=tuple(entry["unsourced"]))
 
 
@@ -74,7 +74,10 @@ def host_of(gpu_name: str, n_gpus: int | None = None) -> Host:
 
     A node with several servers in one NVLink domain (GB200) counts as many servers as the GPUs need.
     """
-    machine = _machine(_gpu_key(gpu_name))
+    return _host(_machine(_gpu_key(gpu_name)), n_gpus)
+
+
+def _host(machine: dict[str, Any], n_gpus: int | None) -> Host:
     servers = ceil((n_gpus or machine["gpus_per_node"]) / machine["gpus_per_host"])
     return Host(
         memory_bytes=servers * machine["host_memory_bytes"],
@@ -87,14 +90,15 @@ def host_of(gpu_name: str, n_gpus: int | None = None) -> Host:
 def cluster(
     gpu_name: str, n_gpus: int, gpus_per_node: int | None = None, internode_gbps: float | None = None
 ) -> Cluster:
-    """``n_gpus`` GPUs in the nodes that are usual for them.
+    """``n_gpus`` GPUs in the nodes that are usual for them, or in machines of the type ``gpu_name``.
 
     ``gpus_per_node`` and ``internode_gbps`` (gigabits per second and GPU, one direction) replace the usual figures.
     ``Cluster.unsourced`` lists every figure used here that came without a source. Raises ``InputError`` on unknown
     names, on sizes that do not fit together, and when several nodes are asked for but no network figure is known.
     """
-    chip = gpu(gpu_name)
-    machine = _machine(chip.name)
+    rented = load_data("machine_types.json").get(normal(gpu_name)) if isinstance(gpu_name, str) else None
+    chip = gpu(gpu_name if rented is None else rented["gpu"])
+    machine = _machine(chip.name) if rented is None else _as_rented(_machine(chip.name), rented)
     n_gpus = whole("gpus", n_gpus)
     unsourced = {f"gpu.{field}" for field in chip.unsourced}
     unsourced |= {field.replace("host_", "host.") for field in machine["unsourced"] if field != "gpus_per_node"}
@@ -118,9 +122,27 @@ def cluster(
         n_gpus=n_gpus,
         gpus_per_node=gpus_per_node,
         internode_bytes_per_s=internode_bytes_per_s,
-        host=host_of(chip.name, min(n_gpus, gpus_per_node)),
+        host=_host(machine, min(n_gpus, gpus_per_node)),
         unsourced=tuple(sorted(unsourced)),
     )
+
+
+_RENTED = {
+    "host_memory_bytes": "host_memory_bytes", "host_cores": "host_cores", "network_bytes_per_s": "internode_bytes_per_s_per_gpu",
+}  # fmt: skip
+"""Field of a machine type -> that of the usual machine of a GPU."""
+
+
+def _as_rented(machine: dict[str, Any], rented: dict[str, Any]) -> dict[str, Any]:
+    """The usual ``machine`` of a GPU with what the machine type ``rented`` says otherwise; an NVLink domain stays whole."""
+    own = {_RENTED[field]: rented[field] for field in _RENTED if rented[field] is not None}
+    if "internode_bytes_per_s_per_gpu" in own:
+        own["internode_bytes_per_s_per_gpu"] /= rented["n_gpus"]
+    if rented["n_gpus"] > machine["gpus_per_host"] or machine["gpus_per_node"] == machine["gpus_per_host"]:
+        own["gpus_per_node"] = own["gpus_per_host"] = rented["n_gpus"]
+    guessed = {_RENTED[field] for field in rented["unsourced"] if field in _RENTED}
+    unsourced = sorted(guessed.union(set(machine["unsourced"]) - own.keys()))
+    return {**machine, **own, "unsourced": unsourced, "source": [*rented["source"], *machine["source"]]}
 
 
 def gbps_to_bytes_per_s(internode_gbps: object) -> float:

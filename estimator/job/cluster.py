@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from estimator.errors import InputError, require_int
+from estimator.job.network import Network
+
+LINK_KINDS = ("switch", "mesh", "pcie")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,11 @@ class Gpu:
     """Unidirectional PCIe (or C2C) bandwidth between one GPU and host memory."""
     context_bytes: int = 0
     """Device memory that a process takes before the first tensor (CUDA context)."""
+    link_kind: str = "switch"
+    """What its peers in the node are behind: a ``switch`` that gives any group the full link, a ``mesh`` of links to one peer
+    each (which together make ``link_bytes_per_s``), or ``pcie`` across the host's sockets."""
+    tdp_watts: float = 0.0
+    """Rated power of the board; 0: not known."""
     source: str = ""
     unsourced: tuple[str, ...] = ()
     """Fields whose figure came without a source."""
@@ -55,6 +63,7 @@ class Cluster:
     """Unidirectional network bandwidth per GPU between nodes."""
     host: Host
     unsourced: tuple[str, ...] = field(default=())
+    network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:
         require_int("gpus", self.n_gpus)
@@ -63,6 +72,16 @@ class Cluster:
             raise InputError(
                 f"gpus is {self.n_gpus}; allowed: a multiple of gpus_per_node = {self.gpus_per_node}, or fewer than that"
             )
+        domain = self.network.nvlink_domain
+        if domain and domain % self.gpus_per_node:
+            raise InputError(
+                f"nvlink_domain is {domain}; allowed: a multiple of gpus_per_node = {self.gpus_per_node}, or 0 for one node"
+            )
+
+    @property
+    def gpus_per_domain(self) -> int:
+        """GPUs that reach each other by the fast links (NVLink, xGMI, PCIe): a node's, or a whole rack's."""
+        return self.network.nvlink_domain or self.gpus_per_node
 
     @property
     def n_nodes(self) -> int:

@@ -117,11 +117,10 @@ def check_expert_parallel(s: Strategy) -> None:
 
 
 def check_expert_strategy(model: ModelSpec, s: Strategy) -> None:
-    """Raises ``InputError`` where ranks cannot share ``model``'s experts or latent attention as ``s`` says."""
+    """Raises ``InputError`` where ranks cannot share ``model``'s experts as ``s`` says."""
     experts = model.experts
-    what = "experts" if experts is not None else "latent attention" if model.latent is not None else ""
-    if what and s.tp > 1:
-        raise InputError(f"tp is {s.tp}, but {model.name} has {what}, which tp does not share yet; allowed: 1")
+    if experts is not None and s.tp > 1:
+        _check_tensor(model.name, experts, s.tp)
     if s.ep == 1:
         return
     if experts is None:
@@ -133,6 +132,16 @@ def check_expert_strategy(model: ModelSpec, s: Strategy) -> None:
             f"expert_imbalance is {s.expert_imbalance} with capacity_factor {experts.capacity_factor}, where ranks exchange as many "
             "rows whatever the router does; allowed: 1"
         )
+
+
+def _check_tensor(model: str, experts: Experts, tp: int) -> None:
+    for field in ("d_ff", "shared_d_ff"):
+        if getattr(experts, field) % tp:
+            raise InputError(
+                f"tp is {tp}; allowed: a divisor of experts.{field} = {getattr(experts, field)} of {model}"
+            )
+    if experts.bias:
+        raise InputError(f"tp is {tp}, but the experts of {model} have biases, which tp does not share; allowed: 1")
 
 
 def expert_notes(model: ModelSpec, s: Strategy, n_data: int) -> list[str]:

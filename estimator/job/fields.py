@@ -125,12 +125,26 @@ def typed(field: str, value: Any, hint: Any) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise refuse(field, value, "a list of whole numbers" if get_args(hint)[0] is int else "a list of texts")
+            raise refuse(field, value, _LISTS.get(get_args(hint)[0], "a list"))
         return tuple(typed(field, item, get_args(hint)[0]) for item in value)
+    if isinstance(hint, type) and issubclass(hint, tuple):
+        return _record(field, value, hint)
     if is_dataclass(hint):
         return build(hint, field, value)  # type: ignore[arg-type]  # an instance is none of the hints
     assert origin is not None and issubclass(origin, Mapping), f"no reader for {hint}"
     return {key: number(f"{field}.{key}", item) for key, item in table(field, value).items()}
+
+
+_LISTS = {int: "a list of whole numbers", str: "a list of texts"}
+
+
+def _record(field: str, value: Any, cls: Any) -> Any:
+    """``value``, a list, as the ``NamedTuple`` ``cls``; what is missing at its end has defaults."""
+    hints = hints_of(cls)
+    needed = len(hints) - len(cls._field_defaults)
+    if not isinstance(value, list | tuple) or not needed <= len(value) <= len(hints):
+        raise refuse(field, value, f"a list of {', '.join(hints)}")
+    return cls(*(typed(f"{field}.{name}", item, hints[name]) for name, item in zip(hints, value, strict=False)))
 
 
 @lru_cache(maxsize=32)

@@ -8,13 +8,13 @@ the dataclass fields; those of the command line (``zero``, ``micro_batch``, ``gl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from estimator import catalog
-from estimator.errors import InputError
-from estimator.job.cluster import Cluster, Gpu, Host
+from estimator.errors import InputError, require_choice
+from estimator.job.cluster import LINK_KINDS, Cluster, Gpu, Host
 from estimator.job.fields import (
     MAX_LAYERS,
     build,
@@ -31,6 +31,7 @@ from estimator.job.fields import (
 from estimator.job.hf import load_config
 from estimator.job.job import Job
 from estimator.job.model import ModelSpec
+from estimator.job.network import Network
 from estimator.job.options import assemble_job, resolve_cluster
 from estimator.job.strategy import Strategy
 from estimator.units import DTYPE_BYTES
@@ -38,8 +39,9 @@ from estimator.units import DTYPE_BYTES
 SECTIONS = ("model", "workload", "strategy", "cluster")
 WORKLOAD = {"seq_len": "seq_len", "micro_batch": "micro_batch", "micro_batch_size": "micro_batch",
             "global_batch": "global_batch", "global_batch_size": "global_batch"}  # fmt: skip
-NAMED_CLUSTER = ("gpu", "gpus", "n_gpus", "gpus_per_node", "internode_gbps")
-FULL_CLUSTER = ("gpu", "gpus", "n_gpus", "gpus_per_node", "internode_bytes_per_s", "host", "unsourced")
+NAMED_CLUSTER = ("gpu", "gpus", "n_gpus", "gpus_per_node", "internode_gbps", "network")
+FULL_CLUSTER = ("gpu", "gpus", "n_gpus", "gpus_per_node", "internode_bytes_per_s", "host", "unsourced",
+                "network")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,15 @@ def job_to_dict(job: Job) -> dict[str, Any]:
     data["cluster"]["unsourced"] = list(job.cluster.unsourced)
     for name in ("kernels_off", "pp_layers"):
         data["strategy"][name] = list(data["strategy"][name])
+    data["model"]["traced"] = _with_lists(data["model"]["traced"])
     return data
+
+
+def _with_lists(value: Any) -> Any:
+    """Plain data with lists for tuples, as JSON has them."""
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def job_from_dict(data: Mapping[str, Any], place: Place | None = None) -> Job:
@@ -131,15 +141,22 @@ def _cluster(data: dict[str, Any], place: Place) -> Cluster:
     data = _renamed("cluster", data, {"gpus": "n_gpus"})
     if "gpu" not in data:
         raise InputError("cluster has no 'gpu', which it needs")
+    network = build(Network, "cluster.network", table("cluster.network", data.get("network", {})))
     if not isinstance(chip, Mapping):
         sizes = {
             "n_gpus": typed("gpus", data.get("n_gpus", 8), int),
             "gpus_per_node": typed("gpus_per_node", data.get("gpus_per_node"), int | None),
             "internode_gbps": typed("internode_gbps", data.get("internode_gbps"), float | None),
         }
-        return resolve_cluster(text("gpu", chip), sizes, local_gpu=place.local_gpu, local_host=place.local_host)
+        cluster = resolve_cluster(text("gpu", chip), sizes, local_gpu=place.local_gpu, local_host=place.local_host)
+        return cluster if network.is_plain else replace(cluster, network=network)
     host = table("cluster.host", data.get("host", {}))
-    data = {**data, "gpu": _gpu(table("cluster.gpu", chip)), "host": _positive(Host, "cluster.host", host, ())}
+    data = {
+        **data,
+        "network": network,
+        "gpu": _gpu(table("cluster.gpu", chip)),
+        "host": _positive(Host, "cluster.host", host, ()),
+    }
     for key in ("n_gpus", "gpus_per_node", "internode_bytes_per_s"):
         if key not in data:
             raise InputError(f"cluster has no {key!r}, which it needs")
@@ -152,8 +169,12 @@ def _cluster(data: dict[str, Any], place: Place) -> Cluster:
 
 def _gpu(data: dict[str, Any]) -> Gpu:
     gpu = _positive(
-        Gpu, "cluster.gpu", data, ("context_bytes", "n_sms", "l2_bytes", "link_bytes_per_s", "host_link_bytes_per_s")
+        Gpu,
+        "cluster.gpu",
+        data,
+        ("context_bytes", "n_sms", "l2_bytes", "link_bytes_per_s", "host_link_bytes_per_s", "tdp_watts"),
     )
+    require_choice("cluster.gpu.link_kind", gpu.link_kind, LINK_KINDS)
     known_keys("cluster.gpu.peak_flops", gpu.peak_flops, DTYPE_BYTES)
     if "fp32" not in gpu.peak_flops:
         raise InputError("cluster.gpu.peak_flops has no 'fp32', which it needs")

@@ -23,8 +23,12 @@ from estimator.job.model import ModelSpec
 
 FAMILIES = DENSE_FAMILIES | EXPERT_FAMILIES | ENCODER_FAMILIES
 """Accepted values of ``model_type``."""
-_WHOLE = {"ForMaskedLM": "encoder", "ForConditionalGeneration": "encoder-decoder"}
-"""What has a head, where that is no decoder."""
+_WHOLE = {
+    "ForMaskedLM": "encoder with its language-model head",
+    "ForConditionalGeneration": "encoder-decoder with its language-model head",
+    "ForImageClassification": "encoder with its classifier",
+}
+"""What a class is, where it is no decoder."""
 
 
 def load_config(path: str | Path) -> ModelSpec:
@@ -105,5 +109,5 @@ def _check_architecture(model_type: str, family: Family, data: Mapping[str, Any]
     head = "LMHeadModel" if model_type == "gpt2" else family.heads[0]
     raise InputError(
         f"config.architectures names {shown(named)} with model_type {model_type!r}; "
-        f"allowed: {prefix}{head}, the {_WHOLE.get(head, 'decoder')} with its language-model head"
+        f"allowed: {prefix}{head}, the {_WHOLE.get(head, 'decoder with its language-model head')}"
     )

@@ -1,4 +1,4 @@
-"""Hugging Face families with an encoder: BERT, RoBERTa, DistilBERT on masked tokens; T5 and BART with a decoder.
+"""Hugging Face families with an encoder: BERT, RoBERTa, DistilBERT on masked tokens; ViT on images; T5 and BART with a decoder.
 
 T5 is read as its files say, not as transformers 5.23 builds it: ``tie_word_embeddings`` false (T5 v1.1) means a head of its own,
 with which published counts agree; that version of transformers ties it nevertheless.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from estimator.errors import InputError
 from estimator.job.encoder import Encoder
-from estimator.job.fields import refuse, shown
-from estimator.job.hf_config import ACTIVATIONS, Config
+from estimator.job.fields import refuse, shown, whole
+from estimator.job.hf_config import ACTIVATIONS, MAX_SIZE, Config
 from estimator.job.hf_families import Family, Shape, biases, plain_sizes
+from estimator.job.patches import Patches
 
 
 def _post_norm(c: Config, n_layers: int, d_model: int, n_heads: int, *, d_ff: int, activation: str) -> Shape:
@@ -143,6 +144,47 @@ def _t5_mlp(c: Config) -> tuple[bool, str]:
     return value != name, "gelu_tanh" if value == "gated-gelu" else ACTIVATIONS[name]
 
 
+def _vit(c: Config) -> Shape:
+    """An encoder of images with a classifier; ``num_labels`` stands for the names in ``id2label``."""
+    d_model, patches = c.size("hidden_size"), _patches(c)
+    n_heads, head_dim = c.heads(d_model, "num_attention_heads")
+    labels = c.data.get("id2label")
+    return {
+        "n_layers": c.layers("num_hidden_layers"),
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_kv_heads": n_heads,
+        "head_dim": head_dim,
+        "d_ff": c.size("intermediate_size"),
+        "vocab_size": len(labels) if isinstance(labels, dict) and labels else c.size("num_labels", default=2),
+        "max_positions": patches.n_tokens,
+        "positions": "learned",
+        "position_rows": patches.n_tokens,
+        "norm": "layernorm",
+        "norm_bias": True,
+        "norm_eps": c.number("layer_norm_eps", default=1e-12),
+        "activation": c.activation("hidden_act", default="gelu"),
+        "gated_mlp": False,
+        "head_bias": True,
+        "tied_embeddings": False,
+        **biases(c.flag("qkv_bias", default=True), True, True),
+        "encoder": Encoder(),
+        "patches": patches,
+    }
+
+
+def _patches(c: Config) -> Patches:
+    sizes = {}
+    for key, usual in (("image_size", 224), ("patch_size", 16)):
+        value = c.data.get(key)
+        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+            value = value[0]
+        if isinstance(value, list):
+            raise refuse(f"config.{key}", c.data[key], "one number, or two equal ones")
+        sizes[key] = usual if value is None else whole(f"config.{key}", value, maximum=MAX_SIZE)
+    return Patches(**sizes, channels=c.size("num_channels", default=3))
+
+
 _MASKED = ("ForMaskedLM",)
 _GENERATION = ("ForConditionalGeneration", "WithLMHeadModel")
 
@@ -151,6 +193,7 @@ ENCODER_FAMILIES: dict[str, Family] = {
     "bert": Family("Bert", _bert, heads=_MASKED, head_is_bare=False),
     "distilbert": Family("DistilBert", _distilbert, heads=_MASKED, head_is_bare=False),
     "roberta": Family("Roberta", _roberta, heads=_MASKED, head_is_bare=False),
+    "vit": Family("ViT", _vit, heads=("ForImageClassification",), head_is_bare=False),
     "t5": Family("T5", _t5, ignored=("is_encoder_decoder",), heads=_GENERATION),
 }
 """Accepted values of ``model_type``."""

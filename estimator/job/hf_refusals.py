@@ -14,7 +14,7 @@ KINDS = {
         prophetnet whisper switch_transformers""",
     "is an encoder without a causal decoder": """albert electra deberta deberta-v2 xlm-roberta
         modernbert mpnet esm camembert ernie""",
-    "has a vision tower": """vit deit swin swinv2 beit convnext resnet clip siglip dinov2 dinov3_vit detr sam segformer
+    "has a vision tower": """deit swin swinv2 beit convnext resnet clip siglip dinov2 dinov3_vit detr sam segformer
         mllama llava llava_next paligemma gemma3 qwen2_vl qwen2_5_vl qwen3_vl idefics idefics2 idefics3 smolvlm blip
         blip-2 mistral3 pixtral internvl""",
     "has state-space or recurrent layers": """mamba mamba2 falcon_mamba rwkv recurrent_gemma xlstm jamba bamba zamba

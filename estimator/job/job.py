@@ -15,10 +15,13 @@ from estimator.job.experts import check_expert_strategy
 from estimator.job.grouping import check_ranks
 from estimator.job.mesh import Mesh
 from estimator.job.model import ModelSpec
+from estimator.job.operators import check_operators
 from estimator.job.parallel import check_tensor
+from estimator.job.patches import check_images
 from estimator.job.pipeline import check_stages
 from estimator.job.sparse import check_sparse_model
 from estimator.job.strategy import Strategy
+from estimator.job.traced import check_traced
 from estimator.job.workload import Workload
 
 _IN_FIRST_RECORDS = frozenset(
@@ -53,11 +56,14 @@ class Job:
             raise InputError(
                 f"tp * pp * cp is {s.tp} * {s.pp} * {s.cp} = {s.model_parallel}; allowed: a divisor of gpus = {n_gpus}"
             )
+        check_traced(self.model, w, s, self.cluster)
+        check_images(self.model, w)
         check_encoder_strategy(self.model, s)
         check_expert_strategy(self.model, s)
         check_tensor(self.model, w, s)
         check_context(self.model, w, s, self.cluster)
         check_sparse_model(self.model, s)
+        check_operators(self.model, s, self.cluster)
         check_ranks(s, self.mesh.n_data)
         per_pass = w.micro_batch_size * self.dp
         if w.global_batch_size % per_pass:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +10,8 @@ from estimator.errors import InputError, invalid, require_choice, require_int
 from estimator.job.encoder import Encoder, check_encoder
 from estimator.job.experts import Experts
 from estimator.job.latent import LatentAttention
+from estimator.job.patches import Patches, check_patches
+from estimator.job.traced import Traced
 
 Positions = Literal["learned", "rotary", "alibi", "none", "relative"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -82,6 +85,11 @@ class ModelSpec:
     latent: LatentAttention | None = None
     """Multi-head latent attention; ``head_dim`` is then its queries' and keys', and there is no ``n_kv_heads`` to choose."""
 
+    patches: Patches | None = None
+    """With an ``encoder`` alone: patches of images are read in place of tokens, and ``vocab_size`` is the number of classes."""
+    traced: Traced | None = None
+    """A module of the user's own: these records say all there is to know of it (``traced_spec``), the fields above nothing."""
+
     def __post_init__(self) -> None:
         for field in (
             "n_layers",
@@ -111,6 +119,7 @@ class ModelSpec:
         if self.norm == "rmsnorm" and self.norm_bias:
             raise InputError("model.norm_bias is True with norm = 'rmsnorm'; RMSNorm has no bias")
         check_encoder(self)
+        check_patches(self)
         if self.experts is not None and not self.gated_mlp:
             raise InputError("model.gated_mlp is False with experts; experts are gated MLPs")
         if self.latent is not None:
@@ -146,9 +155,11 @@ class ModelSpec:
             return self.latent.rope_head_dim
         return int(self.head_dim * self.rotary_fraction) if self.positions == "rotary" else 0
 
-    def table_numel(self, seq_len: int) -> int:
-        """Numbers beside the parameters: cosines and sines for ``seq_len`` places, biases for choosing experts."""
-        biased = [e.n_experts for e in map(self.experts_of, range(self.n_layers)) if e is not None and e.selection_bias]
+    def table_numel(self, seq_len: int, layers: Iterable[int] | None = None) -> int:
+        """Numbers beside the parameters: cosines and sines for ``seq_len`` places, biases for choosing experts of ``layers``
+        (default: all)."""
+        held = range(self.n_layers) if layers is None else layers
+        biased = [e.n_experts for e in map(self.experts_of, held) if e is not None and e.selection_bias]
         return 2 * seq_len * (self.rotary_dim // 2) + sum(biased)
 
     def experts_of(self, layer: int) -> Experts | None:
@@ -160,3 +171,11 @@ class ModelSpec:
         if self.sliding_window and self.global_every and (layer + 1) % self.global_every == 0:
             return 0
         return self.sliding_window
+
+
+def traced_spec(name: str, traced: Traced) -> ModelSpec:
+    """The model ``name`` that ``traced`` records; nothing reads its widths."""
+    return ModelSpec(
+        name=name, family="traced", n_layers=len(traced.units), d_model=1, n_heads=1, n_kv_heads=1, head_dim=1, d_ff=1,
+        vocab_size=1, max_positions=traced.seq_len, positions="none", traced=traced,
+    )  # fmt: skip

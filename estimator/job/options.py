@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from estimator import catalog
@@ -13,6 +13,7 @@ from estimator.job.fields import hints_of, shown, typed, whole
 from estimator.job.hf import load_config
 from estimator.job.job import Job
 from estimator.job.model import ModelSpec
+from estimator.job.network import Network
 from estimator.job.pipeline import stage_sizes
 from estimator.job.strategy import Strategy
 from estimator.job.workload import Workload
@@ -29,12 +30,22 @@ class JobOptions:
     model: str
     """Catalogue name, ``config.json``, or a folder with one."""
     gpu: str
-    """Catalogue name, ``"cpu"``, or the name of this machine's calibrated profile."""
+    """Catalogue name (of a GPU or of a machine type with it), ``"cpu"``, or the name of this machine's calibrated profile."""
     gpus: int = 8
     gpus_per_node: int | None = None
     """Default: what is usual for the GPU; on ``cpu`` one node holds all."""
     internode_gbps: float | None = None
     """Network between nodes in gigabits per second and GPU. Default: what is usual for the GPU."""
+    nvlink_domain: int = 0
+    """GPUs that NVLink joins beyond a node; 0: a node's."""
+    nodes_per_leaf: int = 0
+    """Nodes under one leaf switch; 0: all."""
+    oversubscription: float = 1.0
+    """Of leaf switches, towards the spine."""
+    rail_optimized: bool = False
+    in_network_reduction: bool = False
+    hierarchical: bool = False
+    """All-gathers and reduce-scatters in two steps, across nodes and inside them."""
     zero: int = 3
     offload: str = "none"
     offload_fraction: float = 1.0
@@ -87,7 +98,12 @@ class JobOptions:
     persistent_numel: int = 0
     grad_clip: float = 1.0
     framework: str = "zerocast"
+    overlap_comm: bool | None = None
+    """With framework deepspeed, as are the next two. Default: DeepSpeed's own."""
+    prefetch_numel: int = 0
+    live_numel: int = 0
     compile: bool = False
+    compile_loss: bool = False
     """With a framework other than zerocast."""
     attention: str = "flash"
     matmul_dtype: str = "model"
@@ -101,6 +117,14 @@ def build_job(options: JobOptions, *, local_gpu: Gpu | None = None, local_host: 
     ``local_gpu`` and ``local_host`` are this machine as ``calibrate`` measured it; ``--gpu cpu`` (or its name) means it.
     Raises ``InputError`` for the first thing that is wrong.
     """
+    strategy, nodes, batch = job_parts(options, local_gpu=local_gpu, local_host=local_host)
+    return assemble_job(resolve_model(typed("model", options.model, str)), nodes, strategy, batch)
+
+
+def job_parts(
+    options: JobOptions, *, local_gpu: Gpu | None = None, local_host: Host | None = None
+) -> tuple[Strategy, Cluster, dict[str, int | None]]:
+    """What ``options`` say beside the model: strategy, cluster, and the sizes that ``assemble_job`` takes."""
     hints = hints_of(JobOptions)
     o = JobOptions(**{f.name: typed(f.name, getattr(options, f.name), hints[f.name]) for f in fields(JobOptions)})
     strategy = Strategy(
@@ -141,15 +165,28 @@ def build_job(options: JobOptions, *, local_gpu: Gpu | None = None, local_host: 
         persistent_numel=o.persistent_numel,
         grad_clip=o.grad_clip,
         framework=o.framework,  # type: ignore[arg-type]
+        overlap_comm=o.overlap_comm,
+        prefetch_numel=o.prefetch_numel,
+        live_numel=o.live_numel,
         compile=o.compile,
+        compile_loss=o.compile_loss,
         attention=o.attention,  # type: ignore[arg-type]
         matmul_dtype=o.matmul_dtype,  # type: ignore[arg-type]
         kernels_off=tuple(name.strip() for name in o.kernels_off.split(",") if name.strip()),
     )
     sizes = {"n_gpus": o.gpus, "gpus_per_node": o.gpus_per_node, "internode_gbps": o.internode_gbps}
     nodes = resolve_cluster(o.gpu, sizes, local_gpu=local_gpu, local_host=local_host)  # type: ignore[arg-type]
-    batch = {"seq_len": o.seq_len, "micro_batch": o.micro_batch, "global_batch": o.global_batch}
-    return assemble_job(resolve_model(o.model), nodes, strategy, batch)
+    network = Network(
+        nvlink_domain=o.nvlink_domain,
+        nodes_per_leaf=o.nodes_per_leaf,
+        oversubscription=o.oversubscription,
+        rail_optimized=o.rail_optimized,
+        in_network_reduction=o.in_network_reduction,
+        hierarchical=o.hierarchical,
+    )
+    if not network.is_plain:
+        nodes = replace(nodes, network=network)
+    return strategy, nodes, {"seq_len": o.seq_len, "micro_batch": o.micro_batch, "global_batch": o.global_batch}
 
 
 def resolve_model(name: str) -> ModelSpec:
@@ -189,6 +226,10 @@ def local_cluster(gpu: Gpu, host: Host, sizes: dict[str, int | float | None]) ->
     return Cluster(gpu=gpu, n_gpus=n_gpus, gpus_per_node=per_node, internode_bytes_per_s=rate, host=host)
 
 
+def _usual_seq_len(model: ModelSpec) -> int:
+    return min(DEFAULT_SEQ_LEN, model.max_positions) if model.traced is None else model.traced.seq_len
+
+
 def assemble_job(model: ModelSpec, cluster: Cluster, strategy: Strategy, batch: dict[str, int | None]) -> Job:
     """Puts the parts together and fills in the defaults of ``batch`` (``seq_len``, ``micro_batch``, ``global_batch``).
 
@@ -200,11 +241,12 @@ def assemble_job(model: ModelSpec, cluster: Cluster, strategy: Strategy, batch: 
         raise InputError(
             f"dtype is {strategy.dtype!r}, for which {cluster.gpu.name} has no fast path; allowed: {', '.join(usable)}"
         )
-    micro_batch = 1 if batch.get("micro_batch") is None else whole("micro_batch", batch["micro_batch"])
+    usual = 1 if model.traced is None else model.traced.micro_batch_size
+    micro_batch = usual if batch.get("micro_batch") is None else whole("micro_batch", batch["micro_batch"])
     seq_len, global_batch = batch.get("seq_len"), batch.get("global_batch")
     dp = max(1, cluster.n_gpus // strategy.model_parallel)
     workload = Workload(
-        seq_len=min(DEFAULT_SEQ_LEN, model.max_positions) if seq_len is None else seq_len,
+        seq_len=_usual_seq_len(model) if seq_len is None else seq_len,
         micro_batch_size=micro_batch,
         global_batch_size=micro_batch * dp if global_batch is None else global_batch,
     )

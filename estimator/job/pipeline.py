@@ -57,11 +57,7 @@ def check_pipeline(s: Strategy) -> None:
         "offload": s.offload_nvme or s.delayed_update,
         "activation_offload": s.activation_offload,
         "sparse_embeddings": s.sparse_embeddings,
-        "shard_size": s.shard_size > 0,
-        "secondary_shard": s.secondary_shard > 0,
-        "quantized_weights": s.quantized_weights,
-        "quantized_grads": s.quantized_grads > 0,
-        "grad_compression": s.grad_compression != "none",
+        "compression_warmup_steps": s.compression_warmup_steps > 0,
     }
     for name, is_used in used.items():
         if is_used:
@@ -88,5 +84,3 @@ def check_stages(model: ModelSpec, s: Strategy, n_micro_batches: int) -> None:
             f"the step has {n_micro_batches} micro-batches with pp_schedule 'interleaved_1f1b' and pp {s.pp}; allowed: a multiple "
             f"of pp (global_batch / (micro_batch * data-parallel GPUs)), the nearest is {near}"
         )
-    if model.experts is not None:
-        raise InputError(f"pp is {s.pp}, but {model.name} has experts, which pipelines do not take yet; allowed: 1")

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 Recompute = Literal["none", "selective", "full"]
 """Ways that concern a block as a whole."""
 
-Part = Literal["activation", "attention", "mlp", "norms"]
+Part = Literal["activation", "attention", "core_attention", "mlp", "norms"]
 PARTS: tuple[str, ...] = get_args(Part)
-"""Parts of a block that can be recomputed apart. ``attention`` and ``mlp`` keep what goes into them and run again; the outputs of
-``norms`` and of the MLP's ``activation`` are made again from what their own backward passes keep in any case."""
+"""Parts of a block that can be recomputed apart. ``attention``, its softmax and products alone (``core_attention``, the
+selective recomputation of Korthikanti et al. 2022) and ``mlp`` keep what goes into them and run again; the outputs of ``norms`` and of the MLP's ``activation`` are made again from what their own backward passes keep in any case."""
 
-SUBMODULE_PARTS = frozenset(("attention", "mlp"))
+SUBMODULE_PARTS = frozenset(("attention", "core_attention", "mlp"))
+PART_OF = {"activation": "mlp", "core_attention": "attention"}
+"""Parts that another part contains."""
 
 
 def parts_of(recompute: str) -> frozenset[str]:
@@ -44,8 +46,7 @@ def canonical(recompute: object) -> str:
             )
         if name not in PARTS:
             raise unknown_choice("recompute", name, (*whole, *PARTS))
-    chosen = set(names) - ({"activation"} if "mlp" in names else set())
-    return ",".join(sorted(chosen))
+    return ",".join(sorted({name for name in names if PART_OF.get(name) not in names}))
 
 
 def check_recompute(s: Strategy) -> None:

@@ -9,27 +9,30 @@ from typing import Literal, get_args
 from estimator.errors import invalid, require_choice, require_int
 from estimator.job.context import ContextKind
 from estimator.job.experts import check_expert_parallel
-from estimator.job.framework import AttentionKernel, Framework, MatmulDtype, check_framework
+from estimator.job.framework import FRAMEWORKS, AttentionKernel, Framework, MatmulDtype, check_framework
 from estimator.job.grouping import check_groups
 from estimator.job.kernels import KERNELS
 from estimator.job.offload import check_offload
+from estimator.job.optimizers import OPTIMIZERS, check_optimizer
+from estimator.job.optimizers import Optimizer as Optimizer
 from estimator.job.pipeline import PipelineSchedule, check_pipeline
 from estimator.job.precision import check_precision
 from estimator.job.recompute import Recompute as Recompute
 from estimator.job.recompute import check_recompute
 from estimator.job.servers import Sync, check_servers
-from estimator.units import MIB
+from estimator.units import DTYPE_BYTES, MIB
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 GradDtype = Literal["model", "fp32"]
 StateDtype = Literal["fp32", "model"]
 Offload = Literal["none", "optimizer", "optimizer,param", "optimizer:nvme"]
-Optimizer = Literal["adamw", "adam", "sgd"]
+
+DEFAULT_BUCKET_BYTES = 64 * MIB
 
 GradCompression = Literal["none", "one_bit", "adacomp"]
 
-OPTIMIZER_STATES: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 1}
-"""fp32 state tensors per parameter: Adam keeps two moments, SGD one momentum buffer."""
+OPTIMIZER_STATES: dict[str, int] = {name: facts.n_states for name, facts in OPTIMIZERS.items()}
+"""State tensors with a number for every parameter: Adam keeps two moments, SGD one momentum buffer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ class Strategy:
     expert_imbalance: float = 1.0
     """With ``ep`` and without a capacity: rows that come to the rank with most of them, over the mean of all. It says for which
     rank memory and time are forecast; what a router really does is not known beforehand."""
-    bucket_bytes: int = 64 * MIB
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
     """Whole units (embedding, blocks, head) are put together until a bucket holds this many parameter bytes."""
     prefetch_depth: int = 1
     """Units whose parameters are fetched ahead of use (stage 3, parameter offload). It is the rate limit too: at most so
@@ -138,10 +141,19 @@ class Strategy:
     """Whose training step is forecast: this project's runtime's, which alone can run here, or another framework's."""
     compile: bool = False
     """Blocks run through torch.compile (frameworks other than this project's runtime)."""
+    compile_loss: bool = False
+    """So does the loss: it reads the logits, which are kept, and makes their gradient of them (torchtitan since 2025)."""
     attention: AttentionKernel = "flash"
     """``efficient``: torch's memory-efficient kernel; ``math`` and ``eager``: all scores exist, in torch's SDPA or written out."""
     matmul_dtype: MatmulDtype = "model"
     """``fp8``: the linear layers of blocks multiply in fp8."""
+    overlap_comm: bool | None = None
+    """DeepSpeed's stages 1 and 2: a second bucket is filled while one is reduced. None: not, which is DeepSpeed's default there."""
+    prefetch_numel: int = 0
+    """DeepSpeed's stage 3: parameters are gathered so many elements ahead (``stage3_prefetch_bucket_size``). 0: its default."""
+    live_numel: int = 0
+    """DeepSpeed's stage 3: gathered parameters stay where they are read again within so many elements
+    (``stage3_max_reuse_distance``), and so many may be there at once (``stage3_max_live_parameters``). 0: its default."""
     kernels_off: tuple[str, ...] = ()
     """CUDA kernels of the runtime that are switched off (names of ``estimator.ops.kernels.KERNELS``, or ``all``): plain
     torch works in their place. A CPU has none of them in any case."""
@@ -158,7 +170,7 @@ class Strategy:
             for name, value in (("grad_dtype", "model"), ("master_dtype", "fp32"), ("state_dtype", "fp32")):
                 object.__setattr__(self, name, value)
         check_precision(self)
-        require_choice("optimizer", self.optimizer, get_args(Optimizer))
+        check_optimizer(self)
         require_choice("grad_compression", self.grad_compression, get_args(GradCompression))
         for field in ("tp", "pp", "cp", "ep", "bucket_bytes"):
             require_int(field, getattr(self, field))
@@ -192,6 +204,19 @@ class Strategy:
         object.__setattr__(self, "kernels_off", tuple(sorted(set(off))))
 
     @property
+    def bucket_numel(self) -> int:
+        """Elements of which buckets are made, the last unit's included."""
+        own = FRAMEWORKS[self.framework].bucket_numel
+        return (
+            own if own and self.bucket_bytes == DEFAULT_BUCKET_BYTES else self.bucket_bytes // DTYPE_BYTES[self.dtype]
+        )
+
+    @property
+    def resident_numel(self) -> int:
+        """``persistent_numel``, or the framework's default."""
+        return self.persistent_numel or FRAMEWORKS[self.framework].persistent_numel
+
+    @property
     def grads(self) -> Dtype:
         """Dtype of the gradients that are kept, reduced and stepped with."""
         return self.dtype if self.grad_dtype == "model" else "fp32"
@@ -218,7 +243,7 @@ class Strategy:
     @property
     def freezes_variance(self) -> bool:
         """Whether Adam's second moment stays as it is when the warm-up of compression is over."""
-        return self.compression_warmup_steps > 0 and self.optimizer != "sgd"
+        return self.compression_warmup_steps > 0 and self.optimizer in ("adamw", "adam")
 
     @property
     def compresses_momentum(self) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from estimator.ops.cost import UnitCost
 from estimator.schedule.events import (
     BOUNDARY_CATEGORY,
+    PHASE_OF_PASS,
     Alloc,
     Buffer,
     Compute,
@@ -40,9 +41,6 @@ class StepMemory:
     host_category_peak_bytes: dict[str, int]
 
 
-_PHASES = {"input_grad": "backward", "weight_grad": "backward"}
-
-
 class _Meter:
     """Live bytes of one place, with their maxima."""
 
@@ -62,40 +60,86 @@ class _Meter:
 
 
 def read_memory(
-    program: StepProgram, units: Sequence[Unit], costs: Sequence[UnitCost], buffers: Iterable[Buffer] = ()
-) -> StepMemory:
+    program: StepProgram, units: Sequence[Unit], costs: Sequence[UnitCost], buffers: Iterable[Buffer] = (),
+    passings: Passings | None = None,
+) -> StepMemory:  # fmt: skip
     """Live bytes of ``program`` where the compute of ``units[i]`` costs ``costs[i]``.
 
     ``buffers`` are further device bytes that live all the time (a model's tables). A section that repeats and leaves
     behind what it found needs one reading; another one needs two, as turns are alike from the second on, or all where passes
-    of a pipeline pile up activations or take them down.
+    of a pipeline pile up activations or take them down. ``passings``: what was learned of the passes of a pipeline's other stages,
+    whose programs and costs must be kept as long.
     """
-    return _Reader(units, costs).read(program, buffers)
+    return _Reader(units, costs, passings).read(program, buffers)
+
+
+Where = str | tuple[str, int]
+"""In words; or a pass of a unit, which is put into words when all is read."""
+
+
+class Follower:
+    """Live bytes event by event, counted as ``read_memory`` does."""
+
+    def __init__(self, units: Sequence[Unit], costs: Sequence[UnitCost], buffers: Iterable[Buffer] = ()) -> None:
+        self._reader = _Reader(units, costs)
+        self.device: dict[str, int] = self._reader.device.live
+        """By category, after the last event."""
+        self.host: dict[str, int] = self._reader.host.live
+        for buffer in buffers:
+            self._reader.device.add(buffer.category, buffer.n_bytes)
+
+    def follow(self, event: Event) -> dict[str, int]:
+        """Device bytes by category when their total is largest while ``event`` runs; ``device`` and ``host`` are then as after it."""
+        held = dict(self.device)
+        self._reader._events((event,))
+        if not isinstance(event, Compute):
+            return dict(self.device) if sum(self.device.values()) > sum(held.values()) else held
+        for category, n_bytes in self._reader.costs[event.unit].memory_of(event.phase).peak.items():
+            held[category] = held.get(category, 0) + n_bytes
+        return held
 
 
 class _Passing(NamedTuple):
     """What a pass over a chunk does to the device's live bytes, whatever they are before it."""
 
-    peaks: list[tuple[str, str, int, dict[str, int]]]
+    peaks: list[tuple[str, Where, int, dict[str, int]]]
     """By phase, its largest total: phase (empty: that before the pass), where, and the change until then in all and by category."""
     category_peak: list[tuple[str, int]]
     after: list[tuple[str, int]]
     phase: str
-    where: str
+    where: Where
     """At its end."""
 
 
+class _Moment(NamedTuple):
+    """Between two passes."""
+
+    held: tuple[tuple[str, int], ...]
+    """The device's live bytes by category."""
+    phase: str
+    where: Where
+    then: dict[int, _Moment]
+    """What follows on passes, by identity of their events."""
+
+
+Passings = dict[tuple[int, ...], _Passing | None]
+"""By identity of a pass's events and of the units' costs; ``None`` for one that changes host memory."""
+
+
 class _Reader:
-    def __init__(self, units: Sequence[Unit], costs: Sequence[UnitCost]) -> None:
+    def __init__(self, units: Sequence[Unit], costs: Sequence[UnitCost], passings: Passings | None = None) -> None:
         self.units, self.costs = units, costs
         self.device, self.host = _Meter(), _Meter()
-        self.phase, self.where = "init", "start"
+        self.phase = "init"
+        self.where: Where = "start"
         self.floor = -1
-        self.phase_where: dict[str, str] = {}
-        self._passings: dict[int, _Passing | None] = {}
+        self.phase_where: dict[str, Where] = {}
+        self._shares = passings is not None
+        self._passings: Passings = {} if passings is None else passings
+        self._kind = tuple(map(id, costs))
         self.phase_peak: dict[str, int] = {}
         self.phase_categories: dict[str, dict[str, int]] = {}
-        self.at: tuple[str, str] = ("init", "start")
+        self.at: tuple[str, Where] = ("init", "start")
         self._terms = {
             id(memory): (
                 list(memory.peak.items()),
@@ -103,7 +147,7 @@ class _Reader:
                 list(memory.after.items()),
                 list(memory.category_peak.items()),
             )
-            for cost in costs
+            for cost in {id(cost): cost for cost in costs}.values()
             for memory in (
                 cost.forward_memory,
                 cost.backward_memory,
@@ -114,7 +158,7 @@ class _Reader:
     def read(self, program: StepProgram, buffers: Iterable[Buffer]) -> StepMemory:
         for buffer in buffers:
             self.device.add(buffer.category, buffer.n_bytes)
-        self._events(program.init)
+        self._section(Section("init", program.init))
         self._look(self.device.total, ())
         self._mark("forward", "start of the step")
         for section in program.step:
@@ -129,7 +173,7 @@ class _Reader:
         return StepMemory(
             peak_bytes=device.peak_total,
             peak_phase=self.at[0],
-            peak_where=self.at[1],
+            peak_where=self._words(self.at[1]),
             category_bytes_at_peak={k: v for k, v in device.peak.items() if v},
             category_peak_bytes={k: v for k, v in device.category_peak.items() if v},
             phase_peak_bytes=self.phase_peak,
@@ -139,6 +183,9 @@ class _Reader:
             host_peak_bytes=host.peak_total,
             host_category_peak_bytes={k: v for k, v in host.category_peak.items() if v},
         )
+
+    def _words(self, where: Where) -> str:
+        return where if isinstance(where, str) else f"{where[0]} of {self.units[where[1]].name}"
 
     def _mark(self, phase: str, where: str) -> None:
         self.phase, self.where = phase, where
@@ -161,17 +208,42 @@ class _Reader:
             self.at = (self.phase, self.where)
 
     def _section(self, section: Section) -> None:
-        """A pipeline's passes, of which many are equal, are each read once and then only added."""
-        if not section.passes:
+        """A pipeline's passes, of which many are equal, are each read once and then only added; one that finds what an equal one has
+        found before raises no maximum, and leaves what that one left."""
+        if not section.passes and not self._shares:
             self._events(section.events)
-        for events in section.passes:
-            if id(events) not in self._passings:
-                self._passings[id(events)] = self._passing(events)
-            known = self._passings[id(events)]
-            if known is None:
-                self._events(events)
-            else:
-                self._add(known)
+            return
+        moments: dict[Any, _Moment] = {}
+        now = read = self._moment(moments)
+        for events in section.passes or (section.events,):
+            then = now.then.get(id(events))
+            if then is None:
+                if now is not read:
+                    self._return_to(now)
+                key = (id(events), *self._kind)
+                if key not in self._passings:
+                    self._passings[key] = self._passing(events)
+                known = self._passings[key]
+                if known is None:
+                    self._events(events)
+                else:
+                    self._add(known)
+                then = read = self._moment(moments)
+                if known is not None:
+                    now.then[id(events)] = then
+            now = then
+        if now is not read:
+            self._return_to(now)
+
+    def _moment(self, moments: dict[Any, _Moment]) -> _Moment:
+        """The present one, which may be among ``moments``."""
+        held = tuple(self.device.live.items())
+        return moments.setdefault((held, self.phase, self.where), _Moment(held, self.phase, self.where, {}))
+
+    def _return_to(self, moment: _Moment) -> None:
+        self.device.live = dict(moment.held)
+        self.device.total = sum(self.device.live.values())
+        self.phase, self.where = moment.phase, moment.where
 
     def _passing(self, events: Sequence[Event]) -> _Passing | None:
         """``None`` for a pass that changes host memory."""
@@ -207,13 +279,17 @@ class _Reader:
 
     def _events(self, events: Sequence[Event]) -> None:
         device, host, look = self.device, self.host, self._look
+        grown = False  # only allocations since the last look: the total is largest after the last of them
         for event in events:
             kind = type(event)
+            if grown and kind is not Alloc:
+                look(device.total, ())
+                grown = False
             if kind is Alloc:
                 buffer = event.buffer  # type: ignore[union-attr]
                 if buffer.place == "device":
                     device.add(buffer.category, buffer.n_bytes)
-                    look(device.total, ())
+                    grown = True
                 else:
                     host.add(buffer.category, buffer.n_bytes)
                     host.peak_total = max(host.peak_total, host.total)
@@ -226,12 +302,14 @@ class _Reader:
                 look(device.total, ())
             elif kind is Compute:
                 self._compute(event.unit, event.phase)  # type: ignore[union-attr]
+        if grown:
+            look(device.total, ())
 
     def _compute(self, unit: int, phase: str) -> None:
         cost, device = self.costs[unit], self.device
         memory = cost.memory_of(phase)
         peak, peak_total, after, category_peak = self._terms[id(memory)]
-        self.phase, self.where = _PHASES.get(phase, phase), f"{phase} of {self.units[unit].name}"
+        self.phase, self.where = PHASE_OF_PASS[phase], (phase, unit)
         self._look(device.total + peak_total, peak)
         for category, n_bytes in category_peak:
             value = device.live.get(category, 0) + n_bytes

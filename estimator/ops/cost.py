@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from estimator.ops.operator import Op
+from estimator.ops.tape import Tape
 
 
 class PassMemory(NamedTuple):
@@ -27,6 +28,13 @@ class SplitBackward(NamedTuple):
     weights_memory: PassMemory
 
 
+class Source(NamedTuple):
+    """From what a unit's cost was derived."""
+
+    tape: Tape
+    recompute: str
+
+
 class UnitCost(NamedTuple):
     """What the compute of one kind of unit costs. Operators are listed in execution order."""
 
@@ -41,6 +49,8 @@ class UnitCost(NamedTuple):
     """Of the tensor that the unit before hands over."""
     split: SplitBackward | None = None
     """Where backward is two passes (zero-bubble pipelines)."""
+    source: Source | None = None
+    """``None`` where the operators were not recorded on a tape."""
 
     def memory_of(self, phase: str) -> PassMemory:
         """Of the pass that ``Compute`` calls ``phase``."""
@@ -48,3 +58,13 @@ class UnitCost(NamedTuple):
             assert self.split is not None
             return self.split.inputs_memory if phase == "input_grad" else self.split.weights_memory
         return self.backward_memory if phase == "backward" else self.forward_memory
+
+    def ops_of(self, phase: str) -> tuple[Op, ...]:
+        """What that pass runs, recomputation included."""
+        if phase == "weight_grad":
+            assert self.split is not None
+            return self.split.weights
+        if phase == "input_grad":
+            assert self.split is not None
+            return (*self.recompute, *self.split.inputs)
+        return (*self.recompute, *self.backward) if phase == "backward" else self.forward

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from estimator.job.encoder import Encoder
 from estimator.job.model import ModelSpec
+from estimator.ops import vision
 from estimator.ops.biased_attention import biased_attention
 from estimator.ops.graph import Graph
 from estimator.ops.layers import Shape, record_mlp, record_norm
@@ -16,6 +17,9 @@ from estimator.sharding.units import Unit
 
 def unit_graph(spec: ModelSpec, encoder: Encoder, unit: Unit, shape: Shape) -> Graph:
     """The forward pass of ``unit``."""
+    if spec.patches is not None and unit.kind != "block":
+        is_first = unit.kind == "embed"
+        return vision.embedding_graph(spec, spec.patches, shape) if is_first else vision.head_graph(spec, shape)
     if unit.kind == "embed":
         return embedding_graph(spec, encoder, shape)
     return head_graph(spec, shape) if unit.kind == "head" else block_graph(spec, shape)

@@ -6,8 +6,7 @@ counted with the experts' rows split evenly; where no expert is idle that is wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +15,8 @@ from estimator.job.model import ModelSpec
 from estimator.ops.exchange import ExpertRanks, to_experts, to_tokens
 from estimator.ops.graph import Graph
 from estimator.ops.operator import Op
-from estimator.ops.tape import Node, Ref, part_of_block
+from estimator.ops.products import FP8_MULTIPLE, Numel, Products, with_casts
+from estimator.ops.tape import Late, Node, Ref, part_of_block
 
 INDEX_BYTES = 8
 """Of a slot's or an expert's number."""
@@ -35,28 +35,35 @@ def expert_mlp(
             return y
         shared = dense(g, replace(spec, d_ff=experts.shared_d_ff), h)
         if experts.shared_gate:
-            shared = _gated(g, shared, _sigmoid(g, g.linear(h, d, 1, bias=False)), d)
+            gate = g.stream_linear(h, d, 1, bias=False)
+            with g.of_rows(g.stream_rows):
+                shared = _gated(g, shared, _sigmoid(g, gate), d)
         return g.add(y, shared, d)
 
 
 def _routed(g: Graph, spec: ModelSpec, experts: Experts, h: Ref, ranks: ExpertRanks) -> Ref:
-    weights, chosen = _route(g, g.linear(h, spec.d_model, experts.n_experts, bias=experts.router_bias), experts)
-    rows, slot = _dispatch(g, h, spec.d_model, experts)
+    """Tensor-parallel ranks choose for their own tokens; each computes a part of every expert's channels for all tokens."""
+    d = spec.d_model
+    logits = g.stream_linear(h, d, experts.n_experts, bias=experts.router_bias)
+    weights, chosen = _route(g, g.enter(logits, experts.n_experts), experts)
+    g.sum_input_gradient(experts.n_experts)
+    rows, slot = _dispatch(g, g.enter(h, d), d, experts)
+    g.sum_input_gradient(d)
     with g.call(weights, chosen, slot):
         if ranks.size > 1:
-            rows = to_experts(g, rows, spec.d_model, experts, ranks)
+            rows = to_experts(g, rows, d, experts, ranks)
         out = _expert_mlps(g, spec, experts, rows, ranks)
         if ranks.size > 1:
-            out = to_tokens(g, out, spec.d_model, experts, ranks)
-        return _combine(g, out, weights, slot, spec.d_model, experts)
+            out = to_tokens(g, out, d, experts, ranks)
+        return g.leave(_combine(g, out, weights, slot, d, experts), d)
 
 
 def _expert_mlps(g: Graph, spec: ModelSpec, experts: Experts, rows: Ref, ranks: ExpertRanks) -> Ref:
-    d, f = spec.d_model, experts.d_ff
+    d, f = spec.d_model, g.share(experts.d_ff)
     some = _Some(experts, experts.n_experts // ranks.size, g.rows)
-    with g.call(rows), _of_rows(g, ranks.rows(experts, g.rows)):
+    with g.call(rows), g.of_rows(ranks.rows(experts, g.rows)):
         gate = _grouped_linear(g, rows, d, f, some)
-        up = _grouped_linear(g, rows, d, f, some)
+        up = _grouped_linear(g, rows, d, f, some, input_is_cast=g.style.joined_columns)
         inner = g.gated_activate(gate, up, f, spec.activation)
         return _grouped_linear(g, inner, f, d, some)
 
@@ -67,14 +74,6 @@ class _Some(NamedTuple):
     of: Experts
     n_experts: int
     n_tokens: int
-
-
-@contextmanager
-def _of_rows(g: Graph, n_rows: int) -> Iterator[None]:
-    """What is recorded inside has so many rows."""
-    before, g.rows = g.rows, n_rows
-    yield
-    g.rows = before
 
 
 def _route(g: Graph, logits: Ref, experts: Experts) -> tuple[Ref, Ref]:
@@ -125,7 +124,7 @@ def _combine(g: Graph, rows: Ref, weights: Ref, slot: Ref, width: int, experts: 
             (g.activation(width),),
             forward=(_traffic(g, "combine", (7 * k - 3) * n_bytes, launches=3 * k - 1),),
             backward=(_traffic(g, "combine_backward", 9 * k * n_bytes, backward=True, launches=5 * k),),
-            saves=(rows, weights, slot),
+            saves=(weights, slot) if g.style.weights_in_experts else (rows, weights, slot),
             forward_temp_bytes=n_bytes if k > 1 else 0,
             backward_temp_bytes=n_bytes,
             saves_after=True,
@@ -133,8 +132,8 @@ def _combine(g: Graph, rows: Ref, weights: Ref, slot: Ref, width: int, experts: 
     )
 
 
-def _grouped_linear(g: Graph, x: Ref, n_in: int, n_out: int, experts: _Some) -> Ref:
-    """``grouped_linear`` of all slots. What capacity leaves empty is computed too, but is no work of the model's; nor is what a
+def _grouped_linear(g: Graph, x: Ref, n_in: int, n_out: int, experts: _Some, *, input_is_cast: bool = False) -> Ref:
+    """``grouped_linear`` of all slots; ``input_is_cast``: in fp8 another product has its input already. What capacity leaves empty is computed too, but is no work of the model's; nor is what a
     rank has more than its share of."""
     w, capacity = g.width, experts.of.capacity(experts.n_tokens)
     used = g.rows - 1 if capacity else g.rows
@@ -144,24 +143,40 @@ def _grouped_linear(g: Graph, x: Ref, n_in: int, n_out: int, experts: _Some) -> 
     flops = 2.0 * used * n_in * n_out
     n_bytes = (used * (n_in + n_out) + groups * n_in * n_out) * w
     launches = 1 if capacity else experts.n_experts
-    grad_numel = experts.n_experts * (n_in * n_out + (n_out if experts.of.bias else 0))
+    fresh = 0 if g.style.fused_wgrad else n_in
+    grad_numel = experts.n_experts * (fresh * n_out + (n_out if experts.of.bias else 0))
 
-    def product(name: str, backward: bool, *shape: int) -> Op:
-        return Op(name, "matmul", backward, g.dtype, flops, n_bytes, (groups, *shape), launches, useful)
+    is_fp8 = g.style.fp8 == "te" and n_in % FP8_MULTIPLE == n_out % FP8_MULTIPLE == 0
+    dtype = "fp8" if is_fp8 else g.dtype
 
+    def product(name: str, backward: bool, n_bytes: int, *shape: int) -> tuple[Op, ...]:
+        return (Op(name, "matmul", backward, dtype, flops, n_bytes, (groups, *shape), launches, useful),)
+
+    n = Numel(used * n_in, groups * n_in * n_out, used * n_out)
+    moved = [n_bytes] * 3
+    if is_fp8:
+        moved = [sum(n) + (w - 1) * written for written in (n.y, n.x, n.weight)]
+    p = Products(
+        product("grouped", False, moved[0], m, n_out, n_in),
+        product("grouped_dgrad", True, moved[1], m, n_in, n_out),
+        product("grouped_wgrad", True, moved[2], n_out, n_in, m),
+    )
+    if is_fp8:
+        p = with_casts(g, n, p, input_is_cast=input_is_cast)
+    of_weights = (*p.weight_grad, *g.accumulated(grad_numel))
     return g.record(
         Node(
             (x,),
             (g.activation(n_out),),
-            forward=(product("grouped", False, m, n_out, n_in),),
-            backward=(
-                product("grouped_dgrad", True, m, n_in, n_out),
-                product("grouped_wgrad", True, n_out, n_in, m),
-                g.accumulate_grad(grad_numel),
-            ),
-            saves=(x,),
+            forward=p.forward,
+            backward=(*p.input_grad, *of_weights),
+            saves=() if is_fp8 else (x,),
+            aux=(g.tensor(p.kept_bytes, grad=False),) if p.kept_bytes else (),
+            forward_temp_bytes=p.forward_temp_bytes,
+            backward_temp_bytes=p.backward_temp_bytes,
             param_grad_bytes=grad_numel * w,
             saves_after=True,
+            late=Late(p.input_grad, of_weights, grad_numel * w, grad_numel * w),
         )
     )
 

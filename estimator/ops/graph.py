@@ -7,11 +7,16 @@ further formula: the operators of the backward pass, what is kept for it, and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from estimator.ops import fused
+from estimator.ops import fused, written_out
+from estimator.ops.attention import Heads, efficient_attention, score_attention
+from estimator.ops.in_place_loss import in_place_loss
+from estimator.ops.kernel_loss import kernel_loss
 from estimator.ops.operator import Op
-from estimator.ops.tape import TEMPORARIES, Node, Ref, Tape
+from estimator.ops.products import Products, products_of
+from estimator.ops.tape import TEMPORARIES, Late, Node, Ref, Tape
 
 
 class Graph(Tape):
@@ -21,44 +26,95 @@ class Graph(Tape):
         """How many of ``size`` heads, channels or rows of a vocabulary this rank holds."""
         return size
 
+    def gathered(self, n_bytes: int, *, backward: bool = False, beside: int = 0) -> tuple[Op, ...]:
+        """What brings together ``n_bytes`` of the residual stream that a layer reads; ``beside``: so many operators after it run
+        meanwhile."""
+        return ()
+
+    def summed(self, n_bytes: int, *, backward: bool = False, beside: int = 0) -> tuple[Op, ...]:
+        """What sums ``n_bytes`` that ranks have summands of, for the residual stream."""
+        return ()
+
+    def statistics(self, n_bytes: int) -> tuple[Op, ...]:
+        """What gives every rank all ranks' ``n_bytes`` about their parts of the vocabulary."""
+        return ()
+
     # ---- operators ------------------------------------------------------------------------------------------------
 
     def linear(
         self, x: Ref, n_in: int, n_out: int, *, bias: bool, category: str = "activations", pending: bool = False
     ) -> Ref:
         """``x @ W.T + b``. Backward multiplies twice and adds the parameter gradient to the flat buffer."""
+        out = self.tensor(self.rows * n_out * self.width, category)
+        product = products_of(self, n_in, n_out)
+        return self._project(x, (out,), product, n_in, n_out, bias=bias, pending=pending)
+
+    def _project(
+        self, x: Ref, outputs: tuple[Ref, ...], p: Products, n_in: int, n_out: int, *, bias: bool, pending: bool = False
+    ) -> Ref:
+        """One product, whose result ``outputs`` are parts of."""
         m, w = self.rows, self.width
-        out = self.tensor(m * n_out * w, category)
-        flops, n_bytes = 2.0 * m * n_in * n_out, (m * n_in + n_in * n_out + m * n_out) * w
-        weight_bytes, bias_bytes = n_in * n_out * w, n_out * w if bias else 0
-        backward = [
-            Op("linear_dgrad", "matmul", True, self.dtype, flops, n_bytes, (1, m, n_in, n_out)),
-            Op("linear_wgrad", "matmul", True, self.dtype, flops, n_bytes, (1, n_out, n_in, m)),
-            self.accumulate_grad((weight_bytes + bias_bytes) // w),
-        ]
+        weight_bytes, bias_bytes = 0 if self.style.fused_wgrad else n_in * n_out * w, n_out * w if bias else 0
+        of_weights = [*p.weight_grad, *self.accumulated((weight_bytes + bias_bytes) // w)]
         if bias:
-            backward.append(self.elementwise("bias_grad", m * n_out * w, m * n_out, True))
+            of_weights.append(self.elementwise("bias_grad", m * n_out * w, m * n_out, True))
+        late = Late(p.input_grad, tuple(of_weights), weight_bytes + bias_bytes, max(weight_bytes, bias_bytes))
         self.n_matmuls += 1
         return self.record(
             Node(
                 (x,),
-                (out,),
-                forward=(Op("linear", "matmul", False, self.dtype, flops, n_bytes, (1, m, n_out, n_in)),),
-                backward=tuple(backward),
-                saves=(x,),
+                outputs,
+                forward=p.forward,
+                backward=(*p.input_grad, *of_weights),
+                saves=() if p.kept_bytes else (x,),
+                aux=(self.tensor(p.kept_bytes, grad=False),) if p.kept_bytes else (),
+                forward_temp_bytes=p.forward_temp_bytes,
+                backward_temp_bytes=p.backward_temp_bytes,
                 param_grad_bytes=bias_bytes if pending else weight_bytes + bias_bytes,
                 pending_grad_bytes=weight_bytes if pending else 0,
                 cached=self.n_matmuls % 2 == 1,
+                # logits are too large to wait
+                late=late if self.tensors[outputs[0]].category == "activations" else None,
             )
         )
 
     def columns(self, x: Ref, n_in: int, widths: Sequence[int], *, bias: bool) -> tuple[Ref, ...]:
         """Projections of the residual stream into heads or channels, of which ``widths`` are this rank's."""
-        return tuple(self.linear(x, n_in, n_out, bias=bias) for n_out in widths)
+        outputs = tuple(self.activation(n_out) for n_out in widths)
+        if self.style.joined_columns:
+            total = sum(widths)
+            self._project(x, outputs, products_of(self, n_in, total), n_in, total, bias=bias)
+            return outputs
+        for number, (out, n_out) in enumerate(zip(outputs, widths, strict=True)):
+            product = products_of(self, n_in, n_out, input_is_cast=self.style.compiled and number > 0)
+            self._project(x, (out,), product, n_in, n_out, bias=bias)
+        return outputs
 
     def row(self, x: Ref, n_in: int, n_out: int, *, bias: bool) -> Ref:
         """The projection of (this rank's) heads or channels back to the residual stream."""
         return self.linear(x, n_in, n_out, bias=bias)
+
+    def stream_linear(self, x: Ref, n_in: int, n_out: int, *, bias: bool) -> Ref:
+        """A projection of the residual stream, as this rank has it, by weights that every rank holds whole."""
+        return self.linear(x, n_in, n_out, bias=bias)
+
+    def enter(self, x: Ref, width: int) -> Ref:
+        """All tokens of the micro-batch, of ``width`` elements each, of what the residual stream holds."""
+        return x
+
+    def sum_input_gradient(self, width: int) -> None:
+        """The last node's input, of ``width`` elements a token, came through ``enter``, where its gradient is summed."""
+
+    def leave(self, y: Ref, width: int) -> Ref:
+        """As the residual stream holds it, what the ranks that share a layer make together of all tokens."""
+        return y
+
+    @contextmanager
+    def of_rows(self, n_rows: int) -> Iterator[None]:
+        """What is recorded inside has so many rows."""
+        before, self.rows = self.rows, n_rows
+        yield
+        self.rows = before
 
     def head_norm(self, x: Ref, head_dim: int, n_heads: int) -> Ref:
         """RMSNorm of every one of ``n_heads`` (this rank's) heads with one weight."""
@@ -70,11 +126,13 @@ class Graph(Tape):
         name = "rms_norm" if rms else "layer_norm"
         if name in self.kernels:
             return self.record(fused.norm_node(self, x, None, rows, width, rms=rms, bias=bias))
+        if rms and not self.style.fused_norm:
+            return written_out.rms_norm(self, x, rows, width)
         n, w = rows * width, self.width
         out = self.tensor(n * w)
         stats = self.tensor(rows * (4 if rms else 2 * self.stat_bytes), grad=False)
         grad_bytes = width * w * (2 if bias else 1)
-        low = self.dtype != "fp32"
+        low, beside = self.dtype != "fp32", rms and not self.style.lean_kernels
         return self.record(
             Node(
                 (x,),
@@ -83,8 +141,8 @@ class Graph(Tape):
                 backward=(self.elementwise(f"{name}_backward", 3 * n * w, 8 * n, True, kind="norm"),),
                 saves=(x,),
                 aux=(stats,),
-                forward_temp_bytes=6 * n if rms and low else 0,
-                backward_temp_bytes=(6 * n if low else 4 * n) if rms else 0,
+                forward_temp_bytes=6 * n if beside and low else 0,
+                backward_temp_bytes=(6 * n if low else 4 * n) if beside else 0,
                 param_grad_bytes=grad_bytes,
                 saves_after=True,  # torch's LayerNorm too: of its statistics
                 remakes="norms",
@@ -106,6 +164,8 @@ class Graph(Tape):
         width = shape[2] * shape[3]
         if "rotary" in self.kernels:
             return self.record(fused.rotary_node(self, x, shape, rotary_dim))
+        if not self.style.fused_rotary:
+            return written_out.rotary(self, x, width)
         n_bytes = self.rows * width * self.width
         return self.record(
             Node(
@@ -132,7 +192,8 @@ class Graph(Tape):
         self, q: Ref, k: Ref, v: Ref, *, batch: int, n_heads: int, n_kv_heads: int, head_dim: int, window: int = 0,
         causal: bool = True, useful: float = 1.0, rows: int = 0,
     ) -> Ref:  # fmt: skip
-        """Attention by a flash kernel (Dao 2023): keeps q, k, v, its output and one fp32 per row and head.
+        """Attention by a flash kernel (Dao 2023): keeps q, k, v, its output and one fp32 per row and head. Or by that of the
+        tape's style.
 
         FLOPs are those of the lower triangle where it is ``causal``, of the square otherwise; backward does 2.5 times the
         forward's (five products instead of two). ``useful``: see ``Op``. ``rows``: tokens, by default all of the tape's.
@@ -142,23 +203,30 @@ class Graph(Tape):
         span = min(window or seq_len, seq_len)
         pairs = seq_len * (seq_len + 1) / 2 - (seq_len - span) * (seq_len - span + 1) / 2
         pairs = pairs if causal else float(seq_len * seq_len)
+        if self.style.attention in ("math", "eager"):
+            share = useful * pairs / (seq_len * seq_len)
+            return score_attention(
+                self, Heads(batch, n_heads, n_kv_heads, head_dim, rows, causal=causal, useful=share), q, k, v
+            )
         flops = 4.0 * batch * n_heads * head_dim * pairs
         shape = (batch, n_heads, n_kv_heads, seq_len, head_dim, window)
         q_bytes, kv_bytes = (rows * h * head_dim * self.width for h in (n_heads, n_kv_heads))
         out = self.tensor(q_bytes)
         lse = self.tensor(batch * n_heads * seq_len * 4, grad=False)
         n_bytes = 2 * q_bytes + 2 * kv_bytes
-        return self.record(
-            Node(
-                (q, k, v),
-                (out,),
-                forward=(Op("attention", "attention", False, self.dtype, flops, n_bytes, shape, 1, useful),),
-                backward=(Op("attention_backward", "attention", True, self.dtype, 2.5 * flops, 2 * n_bytes, shape),),
-                saves=(q, k, v, out),
-                aux=(lse,),
-                cached=True,
-            )
+        node = Node(
+            (q, k, v),
+            (out,),
+            forward=(Op("attention", "attention", False, self.dtype, flops, n_bytes, shape, 1, useful),),
+            backward=(Op("attention_backward", "attention", True, self.dtype, 2.5 * flops, 2 * n_bytes, shape),),
+            saves=(q, k, v, out),
+            aux=(lse,),
+            cached=True,
+            saves_after=True,
         )
+        if self.style.attention == "efficient":
+            return efficient_attention(self, Heads(batch, n_heads, n_kv_heads, head_dim, rows), node)
+        return self.record(node)
 
     def activate(self, x: Ref, width: int, name: str) -> Ref:
         """The activation ``name``: keeps its input; torch's ReLU its output."""
@@ -188,6 +256,8 @@ class Graph(Tape):
         """``activation(gate) * up`` as one function: keeps gate and up only."""
         if "gated_activation" in self.kernels:
             return self.record(fused.activation_node(self, (gate, up), width, name))
+        if not self.style.fused_activation:
+            return written_out.gated_activation(self, gate, up, width, name)
         n_bytes = self.rows * width * self.width
         return self.record(
             Node(
@@ -196,7 +266,7 @@ class Graph(Tape):
                 forward=(self.elementwise("gated_activation", 5 * n_bytes, 6 * self.rows * width),),
                 backward=(self.elementwise("gated_activation_backward", 9 * n_bytes, 12 * self.rows * width, True),),
                 saves=(gate, up),
-                backward_temp_bytes=n_bytes,
+                backward_temp_bytes=0 if self.style.lean_kernels else n_bytes,
                 saves_after=True,
                 remakes="activation",
             )
@@ -234,7 +304,7 @@ class Graph(Tape):
                     self.accumulate_grad(table_rows * width),
                 ),
                 param_grad_bytes=table_bytes,
-                settled_grad_bytes=table_bytes if tied else 0,
+                settled_grad_bytes=table_bytes if tied and not self.style.fused_wgrad else 0,
                 pending_category="logits_loss" if "linear_cross_entropy" in self.kernels else TEMPORARIES,
             )
         )
@@ -275,6 +345,8 @@ class Graph(Tape):
 
         ``pending``: the projection's weight is another unit's too. ``factor_is_one``: nothing multiplies the loss.
         """
+        if self.style.loss == "in_place":
+            return in_place_loss(self, h, width, vocab_size)
         if "linear_cross_entropy" in self.kernels:
             return self.record(
                 fused.linear_cross_entropy_node(
@@ -291,7 +363,12 @@ class Graph(Tape):
         if "cross_entropy" in self.kernels:
             with self.call(logits):
                 return self.record(fused.cross_entropy_node(self, logits, vocab_size))
+        if self.style.loss == "kernel":
+            return kernel_loss(self, logits, vocab_size)
         n = self.rows * vocab_size
+        if self.style.loss == "fp32_in_place":
+            with self.call(logits):
+                return written_out.cross_entropy_in_place(self, logits, vocab_size)
         if self.dtype != "fp32":
             copy = self.tensor(4 * n, "logits_loss")
             logits = self.record(

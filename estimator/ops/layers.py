@@ -20,7 +20,10 @@ from estimator.ops.liveness import unit_cost
 from estimator.ops.ring import Heads
 from estimator.ops.shared import SharedGraph
 from estimator.ops.split_backward import split_backward
+from estimator.ops.style import COMPILED, PLAIN, Style, compiled_recompute
 from estimator.ops.tape import Ref, part_of_block
+from estimator.ops.traced import traced_costs
+from estimator.ops.written_out import dropout
 from estimator.sharding.units import Unit, recomputing
 
 
@@ -53,18 +56,32 @@ class Shape(NamedTuple):
     """How context-parallel ranks, if any, share sequences; ``seq_len`` is this rank's part of one."""
     splits_backward: bool = False
     """Backward is two passes (``estimator.ops.split_backward``)."""
+    param_grads: str = "added"
+    """What becomes of parameters' gradients: ``estimator.job.framework.ParamGrads``."""
+    style: Style = PLAIN
+    """How the framework runs its operators."""
     holds_batch: bool = True
     """A micro-batch lives from its forward to its backward pass; False: as long as the step (pipelines)."""
+
+    @property
+    def repeats_heads(self) -> bool:
+        """Whether key and value heads are copied to every query head before attention."""
+        kernel = self.style.attention
+        return kernel == "efficient" or (kernel == "flash" and self.repeats_kv_heads)
 
     @property
     def rows(self) -> int:
         return self.micro_batch_size * self.seq_len
 
+    def compiled(self) -> Shape:
+        """Of a unit that torch.compile works on."""
+        return self._replace(kernels=self.kernels | COMPILED)
+
     def graph(self) -> Graph:
         kind = SharedGraph if self.n_tensor > 1 else Graph
         return kind(
             self.dtype, self.rows, self.kernels, self.chip, self.grad_dtype, self.stat_bytes, self.n_tensor,
-            self.splits_tokens,
+            self.splits_tokens, param_grads=self.param_grads, style=self.style,
         )  # fmt: skip
 
 
@@ -72,15 +89,24 @@ def unit_costs(
     spec: ModelSpec, units: tuple[Unit, ...], shape: Shape, recompute: str, recompute_every: int = 1
 ) -> list[UnitCost]:
     """Cost of every unit; units of one kind share one object. Only blocks recompute, every ``recompute_every``-th."""
+    if spec.traced is not None:
+        return traced_costs(spec.traced)
     again = recomputing(units, recompute_every) if recompute != "none" else frozenset()
     by_kind: dict[tuple[str, bool], UnitCost] = {}
     for index, unit in enumerate(units):
         kind = (unit.kind, index in again)
         if kind in by_kind:
             continue
-        graph = unit_graph(spec, unit, index, shape)
-        cost = unit_cost(graph, recompute if index in again else "none")
-        by_kind[kind] = cost._replace(split=split_backward(graph, cost)) if shape.splits_backward else cost
+        chosen = recompute if index in again else "none"
+        is_compiled = shape.style.compiled and unit.kind not in ("embed", "head")
+        graph = unit_graph(spec, unit, index, shape.compiled() if is_compiled else shape)
+        own = compiled_recompute(chosen) if is_compiled else chosen
+        cost = unit_cost(graph, own)
+        split = split_backward(graph, own) if shape.splits_backward else None
+        if is_compiled and chosen == "none":  # one graph makes both
+            split = None if split is None else split._replace(inputs=(*cost.recompute, *split.inputs))
+            cost = cost._replace(backward=(*cost.recompute, *cost.backward), recompute=())
+        by_kind[kind] = cost._replace(split=split)
     return [by_kind[unit.kind, index in again] for index, unit in enumerate(units)]
 
 
@@ -125,23 +151,26 @@ def block_graph(spec: ModelSpec, shape: Shape, window: int, experts: Experts | N
             else expert_mlp(g, spec, experts, h, record_mlp, shape.expert_ranks)
         )
 
+    def dropped(out: Ref) -> Ref:
+        return dropout(g, out, g.stream_rows * d, in_addition=True) if g.style.drops_out else out
+
     x = g.input = g.stream(d)
     with g.call(x):
         if not spec.pre_norm:
-            x = record_norm(g, spec, g.add(x, _attention(g, spec, shape, x, window), d))
-            g.output = record_norm(g, spec, g.add(x, mlp_of(x), d))
+            x = record_norm(g, spec, g.add(x, dropped(_attention(g, spec, shape, x, window)), d))
+            g.output = record_norm(g, spec, g.add(x, dropped(mlp_of(x)), d))
             return g
         if spec.parallel_residual:
             attn = _attention(g, spec, shape, record_norm(g, spec, x), window)
-            y = g.add(x, attn, d)
-            g.output = g.add(y, mlp_of(record_norm(g, spec, x)), d)
+            y = g.add(x, dropped(attn), d)
+            g.output = g.add(y, dropped(mlp_of(record_norm(g, spec, x))), d)
             return g
         attn = _attention(g, spec, shape, record_norm(g, spec, x), window)
-        attn = record_norm(g, spec, attn) if spec.sandwich_norms else attn
+        attn = dropped(record_norm(g, spec, attn) if spec.sandwich_norms else attn)
         h, y = g.add_norm(attn, x, d, rms=spec.norm == "rmsnorm", bias=spec.norm_bias)
     with g.call(h, y):
         mlp = mlp_of(h)
-        g.output = g.add(y, record_norm(g, spec, mlp) if spec.sandwich_norms else mlp, d)
+        g.output = g.add(y, dropped(record_norm(g, spec, mlp) if spec.sandwich_norms else mlp), d)
     return g
 
 
@@ -168,7 +197,7 @@ def record_norm(g: Graph, spec: ModelSpec, x: Ref) -> Ref:
 
 def _attention(g: Graph, spec: ModelSpec, shape: Shape, h: Ref, window: int) -> Ref:
     if spec.latent is not None:
-        return latent_attention(g, spec, spec.latent, shape.micro_batch_size, h)
+        return latent_attention(g, spec, spec.latent, shape.micro_batch_size, shape.context, h)
     return _head_attention(g, spec, shape, h, window)
 
 
@@ -184,20 +213,25 @@ def _head_attention(g: Graph, spec: ModelSpec, shape: Shape, h: Ref, window: int
             place = (shape.micro_batch_size, shape.seq_len)
             q = g.rotary(q, (*place, n_heads, spec.head_dim), spec.rotary_dim)
             k = g.rotary(k, (*place, n_kv_heads, spec.head_dim), spec.rotary_dim)
-        if shape.context.size > 1:
-            heads = Heads(shape.micro_batch_size, n_heads, n_kv_heads, spec.head_dim, window, shape.repeats_kv_heads)
-            with g.call(q, k, v):
-                return g.row(shared_attention(g, shape.context, heads, q, k, v), q_width, d, bias=spec.attn_out_bias)
-        if shape.repeats_kv_heads and n_kv_heads < n_heads:
-            repeats = n_heads // n_kv_heads
-            k, v = g.repeat_heads(k, kv_width, repeats), g.repeat_heads(v, kv_width, repeats)
-            n_kv_heads = n_heads
         with g.call(q, k, v):
-            out = g.attention(
-                q, k, v, batch=shape.micro_batch_size, n_heads=n_heads, n_kv_heads=n_kv_heads,
-                head_dim=spec.head_dim, window=window,
-            )  # fmt: skip
+            heads = Heads(shape.micro_batch_size, n_heads, n_kv_heads, spec.head_dim, window)
+            out = _core_attention(g, shape, heads, q, k, v)
             return g.row(out, q_width, d, bias=spec.attn_out_bias)
+
+
+@part_of_block("core_attention")
+def _core_attention(g: Graph, shape: Shape, heads: Heads, q: Ref, k: Ref, v: Ref) -> Ref:
+    if shape.context.size > 1:
+        return shared_attention(g, shape.context, heads._replace(repeats_kv=shape.repeats_heads), q, k, v)
+    n_kv_heads, repeats = heads.n_kv_heads, heads.n_heads // heads.n_kv_heads
+    if shape.repeats_heads and repeats > 1:
+        kv_width, n_kv_heads = n_kv_heads * heads.head_dim, heads.n_heads
+        k, v = g.repeat_heads(k, kv_width, repeats), g.repeat_heads(v, kv_width, repeats)
+    with g.call(k, v):
+        return g.attention(
+            q, k, v, batch=heads.batch, n_heads=heads.n_heads, n_kv_heads=n_kv_heads, head_dim=heads.head_dim,
+            window=heads.window,
+        )  # fmt: skip
 
 
 @part_of_block("mlp")

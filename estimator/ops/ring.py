@@ -22,7 +22,7 @@ class Heads(NamedTuple):
     n_kv_heads: int
     head_dim: int
     window: int
-    repeats_kv: bool
+    repeats_kv: bool = False
     """The kernel has no grouped form."""
 
 

@@ -6,12 +6,16 @@ Collectives are operators here: on the compute stream, some beside the products 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, cycle
 
 from estimator.job.mesh import Span
 from estimator.ops.graph import Graph
+from estimator.ops.in_place_loss import in_place_loss
 from estimator.ops.kernels.linear_cross_entropy import default_chunk_rows
 from estimator.ops.operator import Op
-from estimator.ops.tape import Node, Ref
+from estimator.ops.products import products_of
+from estimator.ops.tape import Late, Node, Ref
+from estimator.ops.written_out import cross_entropy_in_place
 from estimator.sharding.tensor import share
 
 _LOSS = "logits_loss"
@@ -36,43 +40,75 @@ class SharedGraph(Graph):
             return ()
         return (self._collective("all_gather", n_bytes, backward=backward, beside=beside),)
 
+    def gathered(self, n_bytes: int, *, backward: bool = False, beside: int = 0) -> tuple[Op, ...]:
+        return self._from_stream(n_bytes, backward=backward, beside=beside)
+
+    def summed(self, n_bytes: int, *, backward: bool = False, beside: int = 0) -> tuple[Op, ...]:
+        return (self._to_stream(n_bytes, backward=backward, beside=beside),)
+
+    def statistics(self, n_bytes: int) -> tuple[Op, ...]:
+        return (self._collective("all_gather", self.n_tensor * n_bytes, backward=False, dtype="fp32"),)
+
     # ---- into heads or channels, and back -------------------------------------------------------------------------
 
     def columns(self, x: Ref, n_in: int, widths: Sequence[int], *, bias: bool) -> tuple[Ref, ...]:
-        m, w, n = self.rows, self.width, len(widths)
+        m, w = self.rows, self.width
         full_bytes = m * n_in * w
-        products, dgrads, wgrads, added = [], [], [], []
-        for n_out in widths:
-            flops, n_bytes = 2.0 * m * n_in * n_out, (m * n_in + n_in * n_out + m * n_out) * w
-            products.append(Op("linear", "matmul", False, self.dtype, flops, n_bytes, (1, m, n_out, n_in)))
-            dgrads.append(Op("linear_dgrad", "matmul", True, self.dtype, flops, n_bytes, (1, m, n_in, n_out)))
-            wgrads.append(Op("linear_wgrad", "matmul", True, self.dtype, flops, n_bytes, (1, n_out, n_in, m)))
-            added.append(self.accumulate_grad(n_in * n_out + (n_out if bias else 0)))
+        outputs = tuple(self.activation(n_out) for n_out in widths)
+        widths = [sum(widths)] if self.style.joined_columns else widths
+        n = len(widths)
+        fresh = 0 if self.style.fused_wgrad else n_in
+        products: list[tuple[Op, ...]] = []
+        dgrads: list[Op] = []
+        wgrads: list[Op] = []
+        added: list[Op] = []
+        parts = [
+            products_of(self, n_in, n_out, input_is_cast=self.style.compiled and number > 0)
+            for number, n_out in enumerate(widths)
+        ]
+        for n_out, part in zip(widths, parts, strict=True):
+            products.append(part.forward)
+            dgrads += part.input_grad
+            wgrads += part.weight_grad
+            added += self.accumulated(fresh * n_out + (n_out if bias else 0))
             if bias:
                 added.insert(0, self.elementwise("bias_grad", m * n_out * w, m * n_out, True))
-        outputs = tuple(self.activation(n_out) for n_out in widths)
+        kept_bytes = sum(part.kept_bytes for part in parts) * self.stream_rows // m
+        read_bytes = m * n_in if kept_bytes else full_bytes  # what is gathered has been cast already
+        gathered_bytes = full_bytes if self.splits_tokens else 0
+        grad_bytes = [fresh * n_out * w for n_out in widths]
+        bias_bytes = [n_out * w if bias else 0 for n_out in widths]
+        late = Late(
+            (*dgrads, self._to_stream(full_bytes, backward=True)),
+            (*self._from_stream(read_bytes, backward=True), *wgrads, *added),
+            sum(grad_bytes) + sum(bias_bytes),
+            gathered_bytes + max(*grad_bytes, *bias_bytes),
+            gathered_bytes,
+        )
         keeps = [(self.n_matmuls + i) % 2 == 0 for i in range(n)]
         self.n_matmuls += n
         self.record(
             Node(
                 (x,),
                 outputs,
-                forward=(*self._from_stream(full_bytes), *products),
+                forward=(*self._from_stream(read_bytes), *chain.from_iterable(products)),
                 backward=(
-                    *self._from_stream(full_bytes, backward=True, beside=n),
+                    *self._from_stream(read_bytes, backward=True, beside=len(dgrads)),
                     *dgrads,
-                    self._to_stream(full_bytes, backward=True, beside=n),
+                    self._to_stream(full_bytes, backward=True, beside=len(wgrads)),
                     *wgrads,
                     *added,
                 ),
-                saves=(x,),
-                forward_temp_bytes=full_bytes if self.splits_tokens else 0,
-                backward_temp_bytes=2 * full_bytes if self.splits_tokens else 0,
-                param_grad_bytes=sum(n_in * n_out + (n_out if bias else 0) for n_out in widths) * w,
-                cached_outputs=tuple(ref for ref, keep in zip(outputs, keeps, strict=True) if keep),
+                saves=() if kept_bytes else (x,),
+                aux=(self.tensor(kept_bytes, grad=False),) if kept_bytes else (),
+                forward_temp_bytes=gathered_bytes + max(part.forward_temp_bytes for part in parts),
+                backward_temp_bytes=2 * gathered_bytes + max(part.backward_temp_bytes for part in parts),
+                param_grad_bytes=sum(grad_bytes) + sum(bias_bytes),
+                late=late,
+                cached_outputs=tuple(ref for ref, keep in zip(outputs, cycle(keeps), strict=False) if keep),
                 uncached=(
-                    *self._from_stream(full_bytes),
-                    *(op for op, keep in zip(products, keeps, strict=True) if not keep),
+                    *self._from_stream(read_bytes),
+                    *chain.from_iterable(ops for ops, keep in zip(products, keeps, strict=True) if not keep),
                 ),
                 saves_after=True,
             )
@@ -96,6 +132,8 @@ class SharedGraph(Graph):
         if not self.splits_tokens:  # in place
             product.forward += tuple(forward)
             product.backward = (*backward, *product.backward)
+            assert product.late is not None
+            product.late = product.late._replace(inputs=(*backward, *product.late.inputs))
             product.param_grad_bytes += n_out * self.width if bias else 0
             return partial
         with self.call(x):
@@ -108,6 +146,35 @@ class SharedGraph(Graph):
                     param_grad_bytes=n_out * self.width if bias else 0,
                 )
             )
+
+    def stream_linear(self, x: Ref, n_in: int, n_out: int, *, bias: bool) -> Ref:
+        with self.of_rows(self.stream_rows):
+            out = self.linear(x, n_in, n_out, bias=bias)
+        if not self.splits_tokens:  # all ranks do the same
+            node = self.nodes[-1]
+            node.forward = tuple(op._replace(useful=1 / self.n_tensor) for op in node.forward)
+        return out
+
+    def enter(self, x: Ref, width: int) -> Ref:
+        if not self.splits_tokens:
+            return x
+        full_bytes = self.rows * width * self.width
+        forward, backward = self._from_stream(full_bytes), (self._to_stream(full_bytes, backward=True),)
+        return self.record(Node((x,), (self.activation(width),), forward=forward, backward=backward))
+
+    def sum_input_gradient(self, width: int) -> None:
+        if not self.splits_tokens:  # in place
+            node = self.nodes[-1]
+            node.backward += (self._to_stream(self.rows * width * self.width, backward=True),)
+
+    def leave(self, y: Ref, width: int) -> Ref:
+        full_bytes = self.rows * width * self.width
+        if not self.splits_tokens:  # in place
+            self.nodes[-1].forward += (self._to_stream(full_bytes),)
+            self.nodes[-1].after = 1
+            return y
+        forward, backward = (self._to_stream(full_bytes),), self._from_stream(full_bytes, backward=True)
+        return self.record(Node((y,), (self.stream(width),), forward=forward, backward=backward))
 
     def head_norm(self, x: Ref, head_dim: int, n_heads: int) -> Ref:
         """The gradient of its weight is summed over ranks at once, or in the step's last reduction."""
@@ -145,7 +212,7 @@ class SharedGraph(Graph):
                 forward_temp_bytes=full_bytes if self.splits_tokens else 0,
                 backward_temp_bytes=full_bytes,
                 param_grad_bytes=table_bytes,
-                settled_grad_bytes=table_bytes if tied else 0,
+                settled_grad_bytes=table_bytes if tied and not self.style.fused_wgrad else 0,
                 pending_category=_LOSS,
                 saves_after=True,
             )
@@ -163,6 +230,10 @@ class SharedGraph(Graph):
         self, h: Ref, width: int, vocab_size: int, *, bias: bool, pending: bool, factor_is_one: bool = True
     ) -> Ref:
         """In chunks of tokens, all gradients in the forward pass."""
+        if self.style.loss == "in_place":
+            return in_place_loss(self, h, width, vocab_size)
+        if self.style.loss == "fp32_in_place":
+            return self._whole_loss(h, width, self.share(vocab_size), bias=bias)
         m, w, held = self.rows, self.width, self.share(vocab_size)
         full_bytes, weight_bytes = m * width * w, held * width * w
         stream_bytes = self.stream_rows * width * w
@@ -202,6 +273,13 @@ class SharedGraph(Graph):
                 saves_after=True,
             )
         )
+
+    def _whole_loss(self, h: Ref, width: int, held: int, *, bias: bool) -> Ref:
+        with self.call(h):
+            (logits,) = self.columns(h, width, (held,), bias=bias)
+            self.tensors[logits].category = _LOSS
+            with self.call(logits):
+                return cross_entropy_in_place(self, logits, held)
 
     def _chunk(self, rows: int, width: int, held: int, *, bias: bool) -> list[Op]:
         """Logits of some tokens, their softmax with all ranks' help, and the gradients that follow from them."""

@@ -1,39 +1,43 @@
 """A backward pass in two: first the gradients of inputs, later those of weights (Qi et al. 2023, section 2).
 
-Of a linear layer the first pass leaves the input and the gradient of the output for the second; everything else is done in the
-first. No runtime of this project does so: the bytes are derived, not checked against a meter.
+Linear layers, experts among them, leave what they have saved and the gradients of their outputs for the second pass, as in
+``runtime.parallel.late``; everything else is done in the first, and so are the vocabulary's logits, which are too large to wait.
 """
 
 from __future__ import annotations
 
-from estimator.ops.cost import PassMemory, SplitBackward, UnitCost
+from collections import Counter
+from collections.abc import Hashable
+
+from estimator.ops.cost import SplitBackward
+from estimator.ops.liveness import KEPT_GRADS, WRITTEN, Held, Meter, backward_pass, kept_of
 from estimator.ops.operator import Op
-from estimator.ops.tape import TEMPORARIES, Tape
-
-_OF_WEIGHTS = frozenset(("linear_wgrad", "accumulate_grad", "bias_grad"))
+from estimator.ops.tape import Tape
 
 
-def split_backward(graph: Tape, cost: UnitCost) -> SplitBackward:
-    """``cost``'s backward pass, which was derived from ``graph``, in two."""
-    linears = [node for node in graph.nodes if any(op.name == "linear_wgrad" for op in node.backward)]
-    kept: dict[str, int] = {}
-    for ref in {ref for node in linears for ref in node.saves}:
-        kept[graph.tensors[ref].category] = kept.get(graph.tensors[ref].category, 0) + graph.tensors[ref].n_bytes
-    grad_bytes = sum(graph.tensors[ref].n_grad_bytes for node in linears for ref in node.outputs)
-    if grad_bytes:
-        kept[TEMPORARIES] = kept.get(TEMPORARIES, 0) + grad_bytes
-    whole = cost.backward_memory
-    after = _sum(whole.after, kept)
-    peak = max(_sum(whole.peak, {TEMPORARIES: grad_bytes}), after, key=lambda held: sum(held.values()))
-    largest = max((node.param_grad_bytes for node in linears), default=0)
-    inputs = PassMemory(peak, after, _sum(whole.category_peak, {TEMPORARIES: grad_bytes}))
-    weights = PassMemory({TEMPORARIES: largest}, {name: -n for name, n in kept.items()}, {TEMPORARIES: largest})
-    return SplitBackward(_without(cost.backward, True), _without(cost.backward, False), inputs, weights)
+def split_backward(graph: Tape, recompute: str) -> SplitBackward:
+    """The backward pass of a unit that does ``recompute``, in two."""
+    regions, kept = kept_of(graph, recompute)
+    held: list[Held] = []
+    meter = Meter()
+    backward_pass(graph, kept, recompute, regions, meter, held)
+    inputs: list[Op] = []
+    for node in reversed(graph.nodes):
+        inputs += node.backward if node.late is None else node.late.inputs
+    weights = tuple(op for one in held for op in one.late.weights)
+    later = Meter()
+    play_weights(graph, held, later)
+    return SplitBackward(tuple(inputs), weights, meter.memory(), later.memory())
 
 
-def _without(ops: tuple[Op, ...], of_weights: bool) -> tuple[Op, ...]:
-    return tuple(op for op in ops if (op.name in _OF_WEIGHTS) != of_weights)
-
-
-def _sum(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
-    return {name: a.get(name, 0) + b.get(name, 0) for name in (*a, *(set(b) - set(a)))}
+def play_weights(graph: Tape, held: list[Held], meter: Meter) -> None:
+    """The second pass: products one after another, each of which lets go of what nobody else needs."""
+    holders: Counter[Hashable] = Counter(name for one in held for name, _, _ in one.things)
+    for one in held:
+        meter.look(one.late.weights_temp_bytes)
+        if graph.param_grads == "kept":
+            meter.add(KEPT_GRADS, one.late.grad_bytes, WRITTEN)
+        for name, category, n_bytes in one.things:
+            holders[name] -= 1
+            if not holders[name]:
+                meter.add(category, -n_bytes, name)

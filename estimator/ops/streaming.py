@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from estimator.job.strategy import OPTIMIZER_STATES, Optimizer
+from estimator.job.optimizers import OPTIMIZERS, Optimizer
 from estimator.ops.operator import Op
 from estimator.units import DTYPE_BYTES
 
@@ -30,8 +30,13 @@ def grad_norm(dtype: str, numel: int) -> Op:
 
 def fused_step(optimizer: Optimizer, numel: int) -> Op:
     """A fused fp32 step: gradient read, parameters and states read and written."""
-    n_bytes = numel * (4 + 8 * (OPTIMIZER_STATES[optimizer] + 1))
-    return Op("fused_step", "optimizer", False, "fp32", 12 * numel, n_bytes)
+    return Op("fused_step", "optimizer", False, "fp32", 12 * numel, round(numel * OPTIMIZERS[optimizer].step_bytes))
+
+
+def plain_step(optimizer: Optimizer, numel: int) -> Op:
+    """The same where plain torch takes it: fused where torch has that."""
+    n_bytes = OPTIMIZERS[optimizer].plain_bytes or OPTIMIZERS[optimizer].step_bytes
+    return fused_step(optimizer, numel)._replace(n_bytes=round(numel * n_bytes))
 
 
 def frozen_step(numel: int) -> Op:

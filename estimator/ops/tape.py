@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from estimator.ops.kernels.chip import H200, Chip
 from estimator.ops.operator import Op
+from estimator.ops.style import PLAIN, Style
 from estimator.units import DTYPE_BYTES
 
 Ref = int
@@ -26,6 +27,19 @@ class Tensor:
     """Bytes of its gradient; 0 when it needs none."""
     last_use: int = -1
     """Last node during which Python still refers to it."""
+
+
+class Late(NamedTuple):
+    """The backward pass of a node in two, of which the second may come later: it makes the gradients of weights from what the
+    node has saved and the gradients of its outputs."""
+
+    inputs: tuple[Op, ...]
+    weights: tuple[Op, ...]
+    grad_bytes: int
+    """Of the parameters' gradients that the second pass makes (of ``Node.param_grad_bytes``)."""
+    weights_temp_bytes: int
+    """Temporaries of the second pass, gradients of parameters included."""
+    inputs_temp_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -74,6 +88,10 @@ class Node:
     """Operators that do so; empty: ``forward``."""
     part: str = ""
     """Part of a block (``attention``, ``mlp``) that it belongs to."""
+    after: int = 0
+    """So many of ``forward``, the last ones, change the output in its place when all has been saved."""
+    late: Late | None = None
+    """How its weights' gradients are left for later, if they can be."""
 
 
 class Shared(NamedTuple):
@@ -102,6 +120,10 @@ class Tape:
     """Tensor-parallel ranks that share the layers."""
     splits_tokens: bool = False
     """They split the tokens of the residual stream among them."""
+    style: Style = PLAIN
+    """How the framework runs its operators."""
+    param_grads: str = "added"
+    """What becomes of parameters' gradients: ``estimator.job.framework.ParamGrads``."""
     tensors: list[Tensor] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     input: Ref = -1
@@ -164,6 +186,10 @@ class Tape:
         """A parameter's gradient added to its place in the flat buffer: two reads and a write."""
         n_bytes = numel * (self.width + 2 * DTYPE_BYTES[self.grad_dtype or self.dtype])
         return self.elementwise("accumulate_grad", n_bytes, numel, backward=True)
+
+    def accumulated(self, numel: int) -> tuple[Op, ...]:
+        """The same of fresh gradients, which some frameworks take as they are."""
+        return (self.accumulate_grad(numel),) if numel and self.param_grads == "added" else ()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from estimator.job.framework import FRAMEWORKS
+from estimator.job.optimizers import STATE_BLOCK
 from estimator.job.strategy import OPTIMIZER_STATES, Strategy
 from estimator.ops.kernels.optimizer import RULES
 from estimator.schedule.events import Buffer, Place
@@ -27,6 +29,23 @@ class DevicePart(NamedTuple):
     master: Buffer | None
     optimizer_states: tuple[Buffer, ...]
     update_temp: Buffer | None
+
+
+class UnitBuffers(NamedTuple):
+    """What a unit has beside these where a framework gathers and reduces whole units (``estimator.schedule.unit_buffers``)."""
+
+    cast: Buffer | None
+    """This rank's shard in the dtype in which it is gathered, where it is kept in another."""
+    gathered: Buffer | None
+    """What is gathered, where parameters are copied out of it."""
+    written: Buffer
+    """Gradients as autograd leaves them; the unit's backward pass makes room for them, bit by bit."""
+    flat: Buffer | None
+    """These put together, where the parameters are views of a flat one."""
+    accumulated: Buffer
+    """In a pipeline: gradients of a step's passes so far, in the dtype in which they are reduced."""
+    widened: Buffer | None
+    """A later micro-batch's reduced shard in the dtype in which shards are kept, where it is reduced in another."""
 
 
 class GroupBuffers(NamedTuple):
@@ -63,6 +82,13 @@ class GroupBuffers(NamedTuple):
     """False: parameter servers step it, and this rank is none of them."""
     device_part: DevicePart | None = None
     """Where the optimizer is split between host and device, the device's; ``master`` and so on are then the host's part."""
+    unit: UnitBuffers | None = None
+    gathered: Buffer | None = None
+    """What is gathered, where parameters are then copied out of it."""
+    lasting_grads: bool = False
+    """``full_grads`` lives from step to step; under stage 3 with shared buckets it is ``grad_shard`` that does."""
+    bucketed: bool = False
+    """Gradients are written into buckets that all groups share: ``full_grads`` is what of these is this group's."""
 
     @property
     def is_fetched(self) -> bool:
@@ -76,14 +102,23 @@ class GroupBuffers(NamedTuple):
         on_device = (
             (self.device_part.master, *self.device_part.optimizer_states) if self.device_part is not None else ()
         )
-        held = (kept, self.secondary_params, self.host_grads, self.master, *self.optimizer_states, *on_device)
+        grads = (self.grad_shard if self.bucketed else self.full_grads) if self.lasting_grads else None
+        grads = grads if grads is not None and grads.n_bytes else None
+        held = (kept, grads, self.secondary_params, self.host_grads, self.master, *self.optimizer_states, *on_device)
         return [b for b in held if b is not None and b.place != "nvme"]
 
 
 def takes_fused_step(strategy: Strategy, kernels: frozenset[str]) -> bool:
+    """Whether the device's optimizer step reads gradients of any dtype: that of one of ``kernels``, and the references' of 8-bit
+    states."""
+    return strategy.optimizer == "adamw8bit" or steps_by_kernel(strategy, kernels)
+
+
+def steps_by_kernel(strategy: Strategy, kernels: frozenset[str]) -> bool:
     """Whether the device's optimizer step is one of ``kernels``: theirs are for fp32 masters and states, all of which
     they step."""
-    is_kernel = RULES[strategy.optimizer].kernel in kernels
+    rule = RULES.get(strategy.optimizer.removesuffix("8bit"))
+    is_kernel = rule is not None and rule.kernel in kernels
     return is_kernel and strategy.masters == strategy.states == "fp32" and not strategy.freezes_variance
 
 
@@ -142,9 +177,10 @@ def group_buffers(
     elif offload_param:
         kept = Buffer("kept_params", g, "params", full_bytes, "host")
 
-    early = zero_stage >= 2
+    early, profile = zero_stage >= 2, FRAMEWORKS[strategy.framework]
     separate_master = own_masters or (strategy.offload_optimizer and not offload_param)
-    n_wide = 0 if fused_step and step_place == "device" else n_widened(strategy)
+    bucketed = profile.bucket_numel > 0 and early and not strategy.quantized_grads
+    n_wide = 0 if (fused_step or profile.bucket_numel) and step_place == "device" else n_widened(strategy)
     on_host = host_numel(group, strategy)
     here = on_host or group.shard_numel
     master_bytes = here * DTYPE_BYTES[strategy.masters]
@@ -157,13 +193,18 @@ def group_buffers(
         reduced=Buffer("reduced", g, "reduce_buckets", grad_shard_bytes) if early else None,
         host_grads=Buffer("host_grads", g, "grads", on_host * grad_width, "host") if on_host else None,
         master=Buffer("master", g, "master_params", master_bytes, state_place) if separate_master else None,
-        optimizer_states=_states("optimizer_state", g, here, state_place, strategy),
-        update_temp=_temp("update_temp", g, here, n_wide, step_place),
+        optimizer_states=states_of("optimizer_state", group, here, state_place, strategy),
+        update_temp=_temp("update_temp", g, here, n_wide, step_place) or step_temp(group, strategy),
         host_update=Buffer("host_update", g, "offload_staging", on_host * width, "host")
         if own_masters and strategy.offload_optimizer and not offload_param
         else None,
         secondary_params=_secondary(group, strategy) if fetched and zero_stage == 3 else None,
         device_part=_device_part(group, strategy, fused_step) if 0 < on_host < group.shard_numel else None,
+        lasting_grads=profile.lasting_grads or (bucketed and zero_stage == 3 and not strategy.offload_optimizer),
+        bucketed=bucketed,
+        gathered=Buffer("gathered", g, "gathered_params", full_bytes)
+        if profile.bucket_numel and zero_stage == 3 and not strategy.quantized_weights
+        else None,
     )
     if not group.kind.trained:
         return _frozen(buffers)
@@ -189,6 +230,7 @@ def _frozen(b: GroupBuffers) -> GroupBuffers:
         kept_params=b.kept_params,
         staging=b.staging,
         secondary_params=b.secondary_params,
+        gathered=b.gathered,
         full_grads=b.full_grads._replace(n_bytes=0),
         grad_shard=None,
         reduced=None,
@@ -214,16 +256,39 @@ def _device_part(group: Group, strategy: Strategy, fused_step: bool) -> DevicePa
     return DevicePart(
         numel=numel,
         master=master,
-        optimizer_states=_states("device_state", g, numel, "device", strategy),
+        optimizer_states=states_of("device_state", group, numel, "device", strategy),
         update_temp=_temp("device_temp", g, numel, n_wide, "device"),
     )
 
 
-def _states(role: str, group: int, numel: int, place: Place, strategy: Strategy) -> tuple[Buffer, ...]:
-    return tuple(
-        Buffer(f"{role}_{i}", group, "optimizer_state", numel * DTYPE_BYTES[strategy.states], place)
-        for i in range(OPTIMIZER_STATES[strategy.optimizer])
-    )
+def states_of(role: str, group: Group, numel: int, place: Place, strategy: Strategy) -> tuple[Buffer, ...]:
+    """Of ``numel`` elements of one rank's shard of ``group``."""
+    sizes = state_sizes(group, numel, strategy)
+    return tuple(Buffer(f"{role}_{i}", group.number, "optimizer_state", size, place) for i, size in enumerate(sizes))
+
+
+def state_sizes(group: Group, numel: int, strategy: Strategy) -> tuple[int, ...]:
+    """Bytes of each of the optimizer's states."""
+    n_states = OPTIMIZER_STATES[strategy.optimizer]
+    if strategy.optimizer == "adamw8bit":
+        return (numel + 4 * -(-numel // STATE_BLOCK),) * n_states
+    if strategy.optimizer == "adafactor":
+        return (4 * -(-group.factored_numel // group.n_shards),)
+    if strategy.optimizer == "muon":
+        return 4 * numel, 4 * -(-group.vector_numel // group.n_shards)
+    return (numel * DTYPE_BYTES[strategy.states],) * n_states
+
+
+def step_temp(group: Group, strategy: Strategy) -> Buffer | None:
+    """Of a step that goes parameter by parameter, besides what is widened for it. Adafactor: an fp32 update of the largest one and its
+    square. Muon: of the largest matrix, which a rank has whole, momentum, X, the next X and B X in bf16, and two products of X and its
+    transpose, at most as large."""
+    n_bytes = 0
+    if strategy.optimizer == "adafactor":
+        n_bytes = 8 * -(-group.largest_numel // group.n_shards)
+    if strategy.optimizer == "muon" and group.vector_numel < group.numel:
+        n_bytes = 6 * 2 * group.largest_numel
+    return Buffer("step_temp", group.number, "temporaries", n_bytes) if n_bytes and group.kind.trained else None
 
 
 def _temp(role: str, group: int, numel: int, n_wide: int, place: Place) -> Buffer | None:

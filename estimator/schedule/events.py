@@ -21,6 +21,10 @@ Stream = Literal[
 ]
 Place = Literal["device", "host", "nvme"]
 Pass = Literal["forward", "loss", "backward", "input_grad", "weight_grad"]
+PHASE_OF_PASS: dict[str, str] = {
+    "forward": "forward", "loss": "loss", "backward": "backward", "input_grad": "backward", "weight_grad": "backward",
+}  # fmt: skip
+"""As what a pass counts."""
 Purpose = Literal["params", "grads", "updated_params", "grad_norm", "states", "activations"]
 CollectiveOp = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "push", "pull"]
 """``push`` and ``pull``: to and from parameter servers."""
@@ -140,6 +144,15 @@ class Keep(NamedTuple):
     n_bytes: int
 
 
+class Restage(NamedTuple):
+    """Casts or copies a group's parameters or gradients between what is sent and what the model has: ``n_bytes`` read and written."""
+
+    purpose: Purpose
+    group: int
+    n_bytes: int
+    stream: Stream
+
+
 class Copy(NamedTuple):
     """A copy of ``n_bytes`` between device and host on stream ``h2d`` or ``d2h``, between host and files on ``nvme_read`` or
     ``nvme_write``."""
@@ -241,6 +254,7 @@ Event = (
     | Compute
     | Collective
     | Copy
+    | Restage
     | Pack
     | Unpack
     | PickRows

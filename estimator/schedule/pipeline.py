@@ -125,6 +125,14 @@ def periods(schedule: PipelineSchedule, pp: int, chunks: int, n: int) -> tuple[t
     return tuple(result)
 
 
+def fewest(schedule: PipelineSchedule, pp: int, chunks: int, n: int) -> tuple[int, int]:
+    """With how few micro-batches all ranks still do everything that they do with ``n``, and how many of a period's repeats that
+    leaves out."""
+    of_first = periods(schedule, pp, chunks, n)[0]
+    left_out = max(0, of_first[0].repeat - 2) if of_first else 0
+    return n - left_out * (pp if chunks > 1 else 1), left_out
+
+
 def play(ranks: Sequence[Sequence[Action]], chunks: int) -> list[tuple[int, Action]]:
     """Every rank's actions in an order in which each comes after what it needs. Raises ``ValueError`` when there is none."""
     pp, done, at = len(ranks), set[tuple[int, int, str]](), [0] * len(ranks)

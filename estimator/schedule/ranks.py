@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from estimator.job.mesh import Mesh, Span
 from estimator.job.strategy import Strategy
+from estimator.schedule.events import Stream
 from estimator.sharding.layout import Group, Layout
 
 
 def sharers(group: Group, mesh: Mesh, ep: int) -> Span:
     """The ranks that share one copy of ``group``'s states: data ranks, of experts every ``ep``-th of them."""
     return mesh.data_groups(group.n_shards, ep if group.kind.expert else 1)
+
+
+def expert_spans(strategy: Strategy, zero_stage: int, mesh: Mesh) -> list[tuple[Stream, Span]]:
+    """Streams and ranks of the collectives of experts' groups, which some stages of a pipeline may not have."""
+    n_holders = mesh.n_data // strategy.ep
+    if mesh.pp == 1 or strategy.ep == 1 or n_holders == 1:
+        return []
+    streams: tuple[Stream, ...] = ("reduce", "gather") if zero_stage else ("reduce",)
+    return [(stream, mesh.data_groups(n_holders, strategy.ep)) for stream in streams]
 
 
 class GroupRanks:

@@ -7,12 +7,13 @@ that goes before it computes. What a pass has sent lives until the same rank has
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from estimator.job.mesh import Span
 from estimator.job.strategy import Strategy
 from estimator.schedule.events import Boundary, Event, Recv, Section, Send, Sent, Wait
-from estimator.schedule.pipeline import Action, orders, periods
+from estimator.schedule.pipeline import Action, fewest, orders, periods
 
 if TYPE_CHECKING:
     from estimator.schedule.program import _Builder
@@ -33,6 +34,10 @@ class PipelinePlace(NamedTuple):
     @property
     def is_last(self) -> bool:
         return self.rank == self.pp - 1
+
+    def alike(self) -> PipelinePlace:
+        """The first place whose rank exchanges the same things: ranks between the first and the last only differ in their order."""
+        return self if self.rank == 0 or self.is_last else self._replace(rank=1)
 
     def order(self, strategy: Strategy, n_micro_batches: int) -> tuple[Action, ...]:
         """What the rank does in one step."""
@@ -59,33 +64,14 @@ class PipelinePlace(NamedTuple):
         return ((self.rank + step) % self.pp - self.rank) * stride
 
 
-def pipeline_sections(builder: _Builder, place: PipelinePlace, n_micro_batches: int) -> list[Section]:
-    """Sections of all passes of one step: those that repeat once with their count, what lies between them once."""
-    strategy = builder.strategy
-    order = place.order(strategy, n_micro_batches)
-    writer = _Writer(builder, place, order)
-    sections: list[Section] = []
-    at = 0
-    chunks = len(place.chunks)
-    for start, length, repeat in periods(strategy.pp_schedule, place.pp, chunks, n_micro_batches)[place.rank]:
-        sections += [writer.section(range(at, start)), writer.section(range(start, start + length), repeat)]
-        at = start + length * repeat
-    return [*sections, writer.section(range(at, len(order)), is_end=True)]
+class StageWriter:
+    """Writes the passes of pipeline ranks that hold alike units, of which ``builder`` is and whose ``place`` is alike; equal passes
+    are one object, whichever of them they are of."""
 
-
-class _Writer:
-    """Writes passes with the builder's own hand; equal ones once."""
-
-    def __init__(self, builder: _Builder, place: PipelinePlace, order: Sequence[Action]) -> None:
-        self.builder, self.place, self.order = builder, place, order
+    def __init__(self, builder: _Builder, place: PipelinePlace) -> None:
+        self.builder, self.place = builder, place
         self.stride = builder.mesh.span("pp").stride
         self.known: dict[tuple[object, ...], tuple[Event, ...]] = {}
-        ends: dict[tuple[str, int], list[int]] = {}
-        for i, action in enumerate(order):
-            ends.setdefault((action.direction, action.chunk), [i, i])[1] = i
-        self.firsts, self.lasts = ({span[end] for span in ends.values()} for end in (0, 1))
-        sending = [place.sends(action) for action in order]
-        self.first_sends = {sending.index(what) for what in dict.fromkeys(sending) if what is not None}
         self.visits = {}
         for number, chunk in enumerate(place.chunks):
             turns = [visit for visit in builder.visits if visit.unit in chunk]
@@ -94,15 +80,46 @@ class _Writer:
             for way in ("backward", "input_grad", "weight_grad"):
                 self.visits[way, number] = [visit._replace(phase=way) for visit in backward]  # type: ignore[arg-type]
 
-    def section(self, which: range, repeat: int = 1, *, is_end: bool = False) -> Section:
+    def sections(self, rank: int, n_micro_batches: int) -> list[Section]:
+        """Sections of all passes of one step of ``rank``: those that repeat once with their count, what lies between them once."""
+        schedule, pp, chunks = self.builder.strategy.pp_schedule, self.place.pp, len(self.place.chunks)
+        n, left_out = fewest(schedule, pp, chunks, n_micro_batches)
+        self._begin(orders(schedule, pp, chunks, n)[rank])
+        sections: list[Section] = []
+        at = 0
+        for start, length, repeat in periods(schedule, pp, chunks, n)[rank]:
+            sections.append(self._section(range(at, start)))
+            sections.append(self._section(range(start, start + length), repeat + left_out))
+            at = start + length * repeat
+        return [*sections, self._section(range(at, len(self.order)), is_end=True)]
+
+    def _begin(self, order: Sequence[Action]) -> None:
+        self.order = order
+        ends: dict[tuple[str, int], list[int]] = {}
+        for i, action in enumerate(order):
+            ends.setdefault((action.direction, action.chunk), [i, i])[1] = i
+        self.firsts, self.lasts = ({span[end] for span in ends.values()} for end in (0, 1))
+        kinds = {kind: order[first] for kind, (first, _) in ends.items()}
+        self.sending = {kind: self.place.sends(action) for kind, action in kinds.items()}
+        self.receiving = {kind: self.place.receives(action) for kind, action in kinds.items()}
+        sent: dict[Boundary, int] = {}
+        for kind, (first, _) in ends.items():
+            if (what := self.sending[kind]) is not None:
+                sent[what] = min(first, sent.get(what, first))
+        self.first_sends = set(sent.values())
+
+    def _section(self, which: range, repeat: int = 1, *, is_end: bool = False) -> Section:
         passes = [self._pass(i) for i in which]
         if is_end:
-            passes.append(tuple(self._end()))
-        return Section("micro_batch", tuple(event for events in passes for event in events), repeat, tuple(passes))
+            passes.append(self._end())
+        return Section("micro_batch", tuple(chain.from_iterable(passes)), repeat, tuple(passes))
 
     def _pass(self, i: int) -> tuple[Event, ...]:
-        action, place = self.order[i], self.place
-        following = place.receives(self.order[i + 1]) if i + 1 < len(self.order) else None
+        action = self.order[i]
+        following = None
+        if i + 1 < len(self.order):
+            after = self.order[i + 1]
+            following = self.receiving[after.direction, after.chunk]
         key = (
             action.direction,
             action.chunk,
@@ -117,8 +134,8 @@ class _Writer:
         return self.known[key]
 
     def _write(self, i: int, action: Action, following: Boundary | None) -> list[Event]:
-        place, builder = self.place, self.builder
-        needed = place.receives(action)
+        builder = self.builder
+        needed = self.receiving[action.direction, action.chunk]
         if needed is not None:
             if i == 0:
                 builder.events.append(self._recv(needed))
@@ -136,7 +153,7 @@ class _Writer:
         return Recv(what, self.place.boundary_bytes, offset, (f"recv_{what}", 0))
 
     def _send(self, action: Action, i: int) -> list[Event]:
-        what = self.place.sends(action)
+        what = self.sending[action.direction, action.chunk]
         if what is None:
             return []
         before = [] if i in self.first_sends else self._drop(what)
@@ -146,7 +163,11 @@ class _Writer:
     def _drop(self, what: Boundary) -> list[Event]:
         return [Wait("compute", (f"send_{what}", 0)), Sent(what, self.place.boundary_bytes)]
 
-    def _end(self) -> list[Event]:
+    def _end(self) -> tuple[Event, ...]:
         """The last messages have arrived; tied embeddings have the gradients of both their stages."""
-        events = [event for i in sorted(self.first_sends) for event in self._drop(self.place.sends(self.order[i]))]  # type: ignore[arg-type]
-        return events + self.builder.sum_late_gradients(Span(2, (self.place.pp - 1) * self.stride))
+        sent = tuple(self.place.sends(self.order[i]) for i in sorted(self.first_sends))
+        if sent not in self.known:
+            span = Span(2, (self.place.pp - 1) * self.stride)
+            drops = [event for what in sent for event in self._drop(what)]  # type: ignore[arg-type]
+            self.known[sent] = (*drops, *self.builder.sum_late_gradients(span))
+        return self.known[sent]

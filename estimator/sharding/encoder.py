@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from estimator.job.encoder import Encoder
 from estimator.job.model import ModelSpec
+from estimator.job.patches import Patches
 from estimator.sharding.units import Param, Unit, linear_params, mlp_params, norm_params
 
 
@@ -18,6 +19,10 @@ def encoder_units(spec: ModelSpec, encoder: Encoder) -> tuple[Unit, ...]:
     """
     borrows = (0,) if spec.tied_embeddings else ()
     head = Unit("head", "head", _head(spec, encoder), borrows)
+    if spec.patches is not None:
+        embed = Unit("embed", "embed", _patches(spec, spec.patches))
+        block = _block(spec, cross=False)
+        return embed, *(Unit(f"blocks.{layer}", "block", block) for layer in range(spec.n_layers)), head
     if not encoder.n_layers:
         embed = Unit("embed", "embed", _embedding(spec, encoder), backward_reads=spec.embedding_norm)
         block = _block(spec, cross=False)
@@ -41,6 +46,12 @@ def _embedding(spec: ModelSpec, encoder: Encoder) -> tuple[Param, ...]:
     if encoder.token_types:
         params.append(Param("types.weight", (encoder.token_types, spec.d_model)))
     return (*params, *(norm_params(spec, "norm", spec.d_model) if spec.embedding_norm else ()))
+
+
+def _patches(spec: ModelSpec, patches: Patches) -> tuple[Param, ...]:
+    d, size = spec.d_model, patches.patch_size
+    tables = Param("first", (1, 1, d)), Param("positions", (1, patches.n_tokens, d))
+    return (*tables, Param("project.weight", (d, patches.channels, size, size)), Param("project.bias", (d,)))
 
 
 def _both_embeddings(spec: ModelSpec, encoder: Encoder) -> tuple[Param, ...]:
@@ -68,6 +79,9 @@ def _block(spec: ModelSpec, *, cross: bool) -> tuple[Param, ...]:
 
 
 def _head(spec: ModelSpec, encoder: Encoder) -> tuple[Param, ...]:
+    if spec.patches is not None:
+        norm = norm_params(spec, "norm", spec.d_model) if spec.final_norm else []
+        return (*norm, *linear_params("out", spec.d_model, spec.vocab_size, spec.head_bias))
     params = norm_params(spec, "final_norm", spec.d_model) if spec.final_norm else []
     if not encoder.n_layers:
         params += linear_params("transform", spec.d_model, spec.d_model, bias=True)

@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from estimator.job.framework import FRAMEWORKS
+from estimator.job.optimizers import OPTIMIZERS, factored_numel
 from estimator.job.strategy import Strategy
-from estimator.sharding.units import Param, Unit
-from estimator.units import DTYPE_BYTES
+from estimator.sharding.units import Param, Unit, splits_of
 
 ALIGNMENT_NUMEL = 8
 """Elements to which every parameter and shard is aligned: 16 bytes in bf16, what vector loads and tensor cores want."""
 
+
+_NO_LIMIT = 1 << 62
 
 BLOCK_NUMEL = {"int8": 256, "int4": 256, "one_bit": 1024}
 """Elements that share a scale in compressed messages."""
@@ -51,6 +54,8 @@ class Kind(NamedTuple):
     """The one parameter in it, where that is exchanged row by row."""
     expert: bool = False
     """Expert-parallel ranks each hold experts of their own: of the data ranks, every ``ep``-th has the same."""
+    root: bool = False
+    """Of no block, where a framework gathers all of these together."""
 
 
 @lru_cache(maxsize=4096)
@@ -58,8 +63,8 @@ def params_by_kind(params: tuple[Param, ...], small_numel: int) -> dict[Kind, tu
     """``params`` taken apart; at most ``small_numel`` elements make one resident."""
     by_kind: dict[Kind, tuple[Param, ...]] = {}
     for param in params:
-        axis = param.split.axis if param.split is not None else ""
-        kind = Kind(param.trained, param.numel <= small_numel, axis == "tp", param.shared, expert=axis == "ep")
+        axes = {split.axis for split in splits_of(param.split)}
+        kind = Kind(param.trained, param.numel <= small_numel, "tp" in axes, param.shared, expert="ep" in axes)
         if param.rows and param.trained:
             kind = kind._replace(table=param.name)
         by_kind[kind] = (*by_kind.get(kind, ()), param)
@@ -78,6 +83,12 @@ class Group(NamedTuple):
     """``shard_numel`` times the shard count."""
     shard_numel: int
     kind: Kind = Kind()
+    factored_numel: int = 0
+    """Numbers of a factored second moment (Adafactor)."""
+    vector_numel: int = 0
+    """Elements that are in no matrix of a block (Muon)."""
+    largest_numel: int = 0
+    """Elements of the largest parameter, where the optimizer steps parameter by parameter."""
 
     @property
     def n_shards(self) -> int:
@@ -109,7 +120,8 @@ class Layout(NamedTuple):
         """Every parameter of ``group`` with its offset in elements."""
         offset = 0
         for unit in group.units:
-            for param in params_by_kind(self.units[unit].params, self.small_numel).get(group.kind, ()):
+            kind = group.kind._replace(root=False)
+            for param in params_by_kind(self.units[unit].params, self.small_numel).get(kind, ()):
                 yield Slot(unit, param, offset)
                 offset += align(param.numel)
 
@@ -123,6 +135,8 @@ def shard_count(strategy: Strategy, zero_stage: int, dp: int) -> int:
 
 def alignment_of(strategy: Strategy, zero_stage: int, dp: int) -> int:
     """Elements of which shards are a multiple: whole blocks where they are compressed."""
+    if FRAMEWORKS[strategy.framework].units == "flat":
+        return 1
     if zero_stage == 3 and strategy.quantized_weights:
         return BLOCK_NUMEL["int8"]
     if zero_stage >= 2 and strategy.quantized_grads:
@@ -143,13 +157,18 @@ def make_layout(
     ``chunks`` (a pipeline rank's, by index).
     """
     n_shards = shard_count(strategy, zero_stage, dp)
-    per_unit = zero_stage == 3 or strategy.offload_param
-    small_numel = strategy.persistent_numel if per_unit else 0
+    by_rows = FRAMEWORKS[strategy.framework].units == "rows"
+    has_root = FRAMEWORKS[strategy.framework].units != "groups"
+    per_unit = zero_stage == 3 or strategy.offload_param or has_root
+    small_numel = strategy.resident_numel if per_unit else 0
     parts = [params_by_kind(unit.params, small_numel) for unit in units]
-    bucket_numel = strategy.bucket_bytes // DTYPE_BYTES[strategy.dtype]
+    if has_root:
+        parts = [p if _is_block(u) else _as_root(p) for u, p in zip(units, parts, strict=True)]
+    bucket_numel = strategy.bucket_numel
     spans: list[tuple[range, int, Kind]] = []
     for kind in dict.fromkeys(kind for part in parts for kind in part):
         limit = 0 if (per_unit and not kind.resident) or kind.table else bucket_numel
+        limit = _NO_LIMIT if kind.root else limit
         for chunk in chunks or (range(len(units)),):
             sizes = {i: flat_numel(parts[i][kind]) for i in chunk if kind in parts[i]}
             spans += [(span, numel, kind) for span, numel in _spans(sizes, limit)]
@@ -158,12 +177,43 @@ def make_layout(
     groups_of_unit: list[tuple[int, ...]] = [() for _ in units]
     for index, (span, numel, kind) in enumerate(spans):
         n_own = max(1, n_shards // strategy.ep) if kind.expert else n_shards
-        shard = align(-(-numel // n_own), alignment_of(strategy, zero_stage, dp))
-        groups.append(Group(index, span, numel, shard * n_own, shard, kind))
+        if by_rows:
+            own = [p for unit in span for p in parts[unit].get(kind, ())]
+            shard, numel = rows_numel(tuple(own), n_own), sum(p.numel for p in own)
+        else:
+            shard = align(-(-numel // n_own), alignment_of(strategy, zero_stage, dp))
+        group = Group(index, span, numel, shard * n_own, shard, kind)
+        if not OPTIMIZERS[strategy.optimizer].flat:
+            group = _with_shapes(group, [(units[unit], parts[unit].get(kind, ())) for unit in span])
+        groups.append(group)
         for unit in span:
             if kind in parts[unit]:
                 groups_of_unit[unit] += (index,)
     return Layout(tuple(units), tuple(groups), n_shards, tuple(groups_of_unit), small_numel)
+
+
+def _with_shapes(group: Group, params: Sequence[tuple[Unit, tuple[Param, ...]]]) -> Group:
+    """``group`` with what an optimizer must know that does not step all elements alike."""
+    every = [(unit, param) for unit, of_unit in params for param in of_unit]
+    return group._replace(
+        factored_numel=sum(factored_numel(param.shape) for _, param in every),
+        vector_numel=sum(p.numel for unit, p in every if len(p.shape) < 2 or not _is_block(unit)),
+        largest_numel=max(param.numel for _, param in every),
+    )
+
+
+def _is_block(unit: Unit) -> bool:
+    return unit.kind not in ("embed", "head")
+
+
+def _as_root(parts: dict[Kind, tuple[Param, ...]]) -> dict[Kind, tuple[Param, ...]]:
+    return {kind._replace(root=True): params for kind, params in parts.items()}
+
+
+@lru_cache(maxsize=4096)
+def rows_numel(params: tuple[Param, ...], n_shards: int) -> int:
+    """Elements of one rank's shards of ``params``, each cut into equal numbers of rows, the last ones padded."""
+    return sum(-(-p.shape[0] // n_shards) * (p.numel // p.shape[0]) for p in params)
 
 
 def _spans(sizes: dict[int, int], limit: int) -> Iterator[tuple[range, int]]:

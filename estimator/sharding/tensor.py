@@ -7,12 +7,16 @@ embedding and head by vocabulary; experts by number. Everything else every rank 
 
 from __future__ import annotations
 
-from estimator.sharding.units import Param, Split, Unit
+from collections.abc import Sequence
+
+from estimator.sharding.units import Param, Split, Unit, splits_of
 
 SPLIT_DIM = {
     "tokens.weight": 0, "attn.q.weight": 0, "attn.q.bias": 0, "attn.k.weight": 0, "attn.k.bias": 0, "attn.v.weight": 0,
-    "attn.v.bias": 0, "attn.out.weight": 1, "mlp.gate.weight": 0, "mlp.gate.bias": 0, "mlp.up.weight": 0, "mlp.up.bias": 0,
-    "mlp.down.weight": 1, "out.weight": 0, "out.bias": 0,
+    "attn.v.bias": 0, "attn.q_b.weight": 0, "attn.kv_b.weight": 0, "attn.out.weight": 1, "mlp.gate.weight": 0, "mlp.gate.bias": 0,
+    "mlp.up.weight": 0, "mlp.up.bias": 0, "mlp.down.weight": 1, "mlp.experts.gate": 1, "mlp.experts.up": 1,
+    "mlp.experts.down": 2, "mlp.shared.gate.weight": 0, "mlp.shared.gate.bias": 0, "mlp.shared.up.weight": 0,
+    "mlp.shared.up.bias": 0, "mlp.shared.down.weight": 1, "out.weight": 0, "out.bias": 0,
 }  # fmt: skip
 """By name within a unit: the dimension along which a parameter is split."""
 
@@ -27,15 +31,17 @@ def share(size: int, n_ranks: int) -> int:
 
 def part(param: Param, tp: int, ep: int = 1) -> Param:
     """What one of ``tp`` tensor-parallel and ``ep`` expert-parallel ranks holds of ``param``."""
-    if param.name.startswith(EXPERTS):
-        n_experts, *rest = param.shape
-        return param if ep == 1 else param._replace(shape=(n_experts // ep, *rest), split=Split(0, n_experts, "ep"))
-    dim = SPLIT_DIM.get(param.name)
-    if dim is None or tp == 1:
-        return param
-    size = param.shape[dim]
-    shape = (*param.shape[:dim], share(size, tp), *param.shape[dim + 1 :])
-    return param._replace(shape=shape, split=Split(dim, size))
+    shared, shape = param._replace(split=split_of(param.name, param.shape, tp, ep)), list(param.shape)
+    for split in splits_of(shared.split):
+        shape[split.dim] = share(split.size, tp if split.axis == "tp" else ep)
+    return shared._replace(shape=tuple(shape))
+
+
+def split_of(name: str, shape: Sequence[int], tp: int, ep: int = 1) -> Split | None:
+    """How parameter ``name`` of a unit, ``shape`` as a whole, is shared."""
+    dim = SPLIT_DIM.get(name)
+    split = None if dim is None or tp == 1 else Split(dim, shape[dim])
+    return Split(0, shape[0], "ep", split) if ep > 1 and name.startswith(EXPERTS) else split
 
 
 def parts(units: tuple[Unit, ...], tp: int, ep: int = 1) -> tuple[Unit, ...]:

@@ -6,12 +6,13 @@ lists the units of a live module, the estimator those of a ``ModelSpec``; for th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
 from estimator.job.model import ModelSpec
+from estimator.job.traced import Traced
 from estimator.sharding.blocks import expert_mlp, latent_attention
 
 
@@ -22,6 +23,8 @@ class Split(NamedTuple):
     size: int
     axis: Literal["tp", "ep"] = "tp"
     """Tensor-parallel ranks; or expert-parallel ones, each with experts of its own."""
+    inner: Split | None = None
+    """How each of these parts is shared in turn."""
 
 
 class Param(NamedTuple):
@@ -42,6 +45,13 @@ class Param(NamedTuple):
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+
+def splits_of(split: Split | None) -> Iterator[Split]:
+    """``split``, and how its parts are shared in turn."""
+    while split is not None:
+        yield split
+        split = split.inner
 
 
 class Unit(NamedTuple):
@@ -146,9 +156,21 @@ def block_kind(spec: ModelSpec, layer: int) -> str:
     return "block" + (f"_w{window}" if window else "") + ("_moe" if spec.experts_of(layer) else "")
 
 
+def _traced_units(traced: Traced) -> tuple[Unit, ...]:
+    return tuple(
+        Unit(
+            unit.name, f"traced_{unit.cost}", tuple(Param(*param) for param in unit.params), unit.borrows,
+            backward_reads=unit.backward_reads,
+        )
+        for unit in traced.units
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=256)
 def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
     """Units of ``spec`` in forward order: ``embed``, ``blocks.0`` ..., ``head`` (which includes the loss)."""
+    if spec.traced is not None:
+        return _traced_units(spec.traced)
     if spec.encoder is not None:
         from estimator.sharding.encoder import encoder_units  # which is made of this module's parts
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from estimator.job.framework import FRAMEWORKS
 from estimator.job.job import Job
 from estimator.job.kernels import kernels_in_use
 from estimator.job.mesh import Span
+from estimator.job.optimizers import orthogonal_flops
 from estimator.job.strategy import OPTIMIZER_STATES
 from estimator.ops.cost import UnitCost
 from estimator.ops.kernels import grad_norm, optimizer
 from estimator.ops.operator import Op
-from estimator.ops.streaming import around_step, frozen_step, fused_step
-from estimator.schedule.buffers import takes_fused_step
+from estimator.ops.streaming import around_step, frozen_step, fused_step, plain_step
+from estimator.schedule.buffers import steps_by_kernel
 from estimator.schedule.events import AddRows, CollectiveOp, Keep, Pack, PickRows, SumPieces, Unpack
+from estimator.sharding.units import model_units
 from estimator.time.compression import codec_op
 from estimator.time.files import file_seconds
 from estimator.time.network import CollectiveTimer, timer_over
 from estimator.time.operators import OperatorTimer, curve_seconds, seconds_curve
 from estimator.time.profile import COMMIT, HardwareProfile
+from estimator.time.stack import Stack, stack_of
 from estimator.units import DTYPE_BYTES
 
 PassTime = tuple[str, float, float, float]
@@ -30,12 +34,15 @@ starts when it is issued and its predecessor is done, is linear in that sense.""
 class Durations:
     """Seconds of a job's events on a profile; ``workers`` ranks share a node."""
 
-    def __init__(self, costs: Sequence[UnitCost], job: Job, profile: HardwareProfile) -> None:
+    def __init__(
+        self, costs: Sequence[UnitCost], job: Job, profile: HardwareProfile, stack: Stack | None = None
+    ) -> None:
         cluster, strategy = job.cluster, job.strategy
         self.job, self.profile, self.costs = job, profile, costs
         self.kernels = kernels_in_use(cluster.gpu.arch, strategy.kernels_off)
         self.workers = min(cluster.n_gpus, cluster.gpus_per_node)
-        self.ops = OperatorTimer(cluster.gpu, profile, self.workers)
+        self.stack = stack or stack_of(job, profile).stack
+        self.ops = OperatorTimer(cluster.gpu, profile, self.workers, self.stack)
         self.is_cpu = self.ops.is_cpu
         self.overlap = profile.host_point(self.workers).overlap if self.is_cpu else 1.0
         self.issue_s = 0.0 if self.is_cpu else self.ops.host_op_s
@@ -49,7 +56,7 @@ class Durations:
         key = (id(cost), phase)
         known = self._passes.get(key)
         if known is None:
-            chains = _chains(cost, phase)
+            chains = chains_of(cost, phase)
             times = [self._chain(part, ops) for part, ops in chains.items() if ops]
             exposed_s = sum(self._exposed(ops) for ops in chains.values())
             if exposed_s > 0:
@@ -66,14 +73,25 @@ class Durations:
                 seconds = self._exchange(op)
                 beside_s = sum(self.ops.seconds(other) for other in ops[index + 1 : index + 1 + op.shape[0]])
                 exposed_s += seconds - min(beside_s, self.overlap * seconds)
-        return exposed_s
+        return exposed_s * (1.0 - self.stack.overlapped)
 
     def _exchange(self, op: Op) -> float:
         """A collective within layers. Around a ring all wait for its slowest link."""
         if op.name == "send":
             assert op.span is not None
-            return self.message(op.n_bytes, op.span.size * op.span.stride > self.job.cluster.gpus_per_node)
-        return self.collective(op.name, op.n_bytes, op.span)  # type: ignore[arg-type]
+            return self.message(op.n_bytes, op.span.size * op.span.stride > self.job.cluster.gpus_per_domain)
+        n_bytes = op.n_bytes if op.name != "all_to_all" else round(op.n_bytes * self._share_of_rows(op.span))
+        return self.collective(op.name, n_bytes, op.span)  # type: ignore[arg-type]
+
+    def _share_of_rows(self, span: Span | None) -> float:
+        """Part of the rows on their way to experts that are really sent, where a token goes once to a node (or, inside one, to a rank)
+        that has several of its experts: of ``k`` experts, drawn alike, ``n (1 - (1 - 1/n)^k)`` of ``n`` places have one."""
+        experts = self.job.model.experts
+        if experts is None or span is None or not FRAMEWORKS[self.job.strategy.framework].sends_rows_once:
+            return 1.0
+        n_nodes = -(-span.size * span.stride // self.job.cluster.gpus_per_node)
+        n, k = n_nodes if n_nodes > 1 else span.size, experts.per_token
+        return n * (1.0 - (1.0 - 1.0 / n) ** k) / k
 
     def _chain(self, part: str, ops: Sequence[Op]) -> PassTime:
         device_s = issue_s = end_s = 0.0
@@ -92,9 +110,9 @@ class Durations:
         network = self._networks.get((span, dtype))
         if network is None:
             network = self._networks[span, dtype] = timer_over(span, self.job, self.profile, dtype)
-        if op in ("push", "pull"):
-            return network.through_servers(n_bytes, self.job.strategy.n_servers)
-        return network.seconds(op, n_bytes)
+        if op == "push" or op == "pull":
+            return network.through_servers(n_bytes, self.job.strategy.n_servers) / self.stack.network
+        return network.seconds(op, n_bytes) / self.stack.network
 
     def message(self, n_bytes: int, crosses: bool) -> float:
         """From one rank to another, on another node where it ``crosses``: an all-gather's time between the two, in which as many
@@ -104,7 +122,7 @@ class Durations:
         if network is None:
             network = CollectiveTimer(self.job.cluster, self.profile, 2, 1 if crosses else 2, dtype)
             self._networks[crosses, dtype] = network
-        return network.seconds("all_gather", 2 * n_bytes)
+        return network.seconds("all_gather", 2 * n_bytes) / self.stack.network
 
     def copy(self, direction: str, n_bytes: int) -> float:
         """A pinned copy: the host link, or this GPU's share of host memory if that is less; or one between host and files.
@@ -144,6 +162,10 @@ class Durations:
         if isinstance(event, Keep):
             return self._stream(2 * event.n_bytes)
         return self.ops.seconds(codec_op(event, s.dtype if event.purpose == "params" else s.grads, self.kernels))
+
+    def restage(self, n_bytes: int) -> float:
+        """``n_bytes`` read and written."""
+        return self._stream(n_bytes)
 
     def rows(self, event: PickRows | AddRows) -> float:
         """A table is read to find its rows, which are copied; it is cleared, and every rank's rows are added to it."""
@@ -185,15 +207,29 @@ class Durations:
         if numel <= 0:
             return 0.0
         strategy = self.job.strategy
-        if takes_fused_step(strategy, self.kernels) and not on_host:
+        if steps_by_kernel(strategy, self.kernels) and not on_host:
             width = DTYPE_BYTES[strategy.dtype]
             copy_width = 0 if strategy.dtype == "fp32" else width
-            step = optimizer.cost(strategy.optimizer, numel, DTYPE_BYTES[strategy.step_grads], copy_width)
+            rule, eight_bit = strategy.optimizer.removesuffix("8bit"), strategy.optimizer.endswith("8bit")
+            width_of_grads = DTYPE_BYTES[strategy.step_grads]
+            step = optimizer.cost(rule, numel, width_of_grads, copy_width, eight_bit=eight_bit)
             return self.ops.seconds(step._replace(dtype=strategy.dtype))
         around_s = self._host_stream(numel * self._passes_bytes(), on_host)
         if on_host or self.is_cpu:
             return numel / self._host_rate() + around_s
-        return self._stream(numel * self._update_bytes()) + around_s
+        return self._stream(round(numel * self._update_bytes())) + self._orthogonal_s(numel) + around_s
+
+    def _orthogonal_s(self, numel: int) -> float:
+        """Products of Muon's iterations on ``numel`` elements, as large as the model's width, spread evenly over all parameters."""
+        job = self.job
+        if job.strategy.optimizer != "muon":
+            return 0.0
+        units = model_units(job.model)
+        blocks = [unit for unit in units if unit.kind not in ("embed", "head")]
+        flops = sum(orthogonal_flops(param.shape) for unit in blocks for param in unit.params)
+        share, d = flops * numel / sum(unit.numel for unit in units), job.model.d_model
+        product = Op("orthogonalise", "matmul", False, "bf16", 2.0 * d**3, 3 * 2 * d * d, (1, d, d, d))
+        return self.ops.seconds(product) * share / product.flops
 
     def _passes_bytes(self) -> int:
         """Bytes per element moved by the passes before and after the fused optimizer step."""
@@ -209,11 +245,14 @@ class Durations:
             return n_bytes * self.workers / self.job.cluster.host.memory_bytes_per_s
         return self._stream(n_bytes)
 
-    def _update_bytes(self) -> int:
+    def _update_bytes(self) -> float:
         """Bytes per element of the step itself."""
         s = self.job.strategy
         frozen = s.freezes_variance and self.job.mesh.n_data > 1
-        return (frozen_step(1) if frozen else fused_step(s.optimizer, 1)).n_bytes
+        if frozen:
+            return frozen_step(1).n_bytes
+        step = plain_step if s.framework == "zerocast" else fused_step  # others have kernels of their own
+        return step(s.optimizer, 1000).n_bytes / 1000
 
     def _host_rate(self) -> float:
         """Elements per second of one rank: published rates are a whole node's, measured ones one process's of many.
@@ -231,7 +270,7 @@ class Durations:
         return self.ops.traffic_seconds(n_bytes, dtype=self.job.strategy.dtype) if n_bytes > 0 else 0.0
 
 
-def _chains(cost: UnitCost, phase: str) -> dict[str, tuple[Op, ...]]:
+def chains_of(cost: UnitCost, phase: str) -> dict[str, tuple[Op, ...]]:
     """Operators of a pass by part."""
     if phase in ("forward", "loss"):
         return {"forward": cost.forward}

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from math import ceil, exp, log
 
 from estimator.job.job import Job
 from estimator.time.profile import HardwareProfile
+from estimator.time.stack import stack_of
 
+NOMINAL = 0.9
+"""Share of runs that the interval is to hold."""
 
-class Residuals(NamedTuple):
-    """Measured seconds divided by forecast seconds over runs that took no part in any constant."""
-
-    n_runs: int
-    median: float
-    high: float
-    """95% of the runs took at most this many times the forecast."""
-    source: str
-
-
-PUBLISHED_RUNS = Residuals(
-    n_runs=110,
-    median=1.33,
-    high=1.64,
-    source="bf16 ZeRO-2 and ZeRO-3 step times on A100 and H100: llm-foundry benchmarking README (103), torchtitan's performance "
-    "notes (6), DeepSpeed's ZenFlow blog (1); benchmarks/published_residuals.py, 2026-11-22. The fastest took 1.06 times "
-    "the forecast",
-)
-"""Published kernel rates come from short runs of one kernel alone: training reaches less of them."""
+UNKNOWN = log(2.0)
+"""Without any residual: half to twice the forecast. A guess, and notes say so."""
 
 
 def interval(step_s: float, parts: Mapping[str, float], job: Job, profile: HardwareProfile) -> tuple[float, float]:
     """Low and high end of ``step_s``.
 
-    With shipped curves: from the forecast itself, which no published run has beaten, to where 95% of them lie. With a
-    calibrated profile: every part moved by the spread of the measured points of its kind, all in the same direction.
+    With a profile that was calibrated through this runtime: every part moved by the spread of the measured points of its kind, all
+    in the same direction. Else the split-conformal interval (Vovk et al. 2005) of the runs that are as comparable as there are,
+    each forecast with constants that it took no part in.
     """
-    if not profile.is_measured:
-        return step_s, step_s * PUBLISHED_RUNS.high
-    off = sum(seconds * min(1.0, profile.spread.get(_kind_of(part, job), 0.0)) for part, seconds in parts.items())
-    return max(step_s - off, 0.0), step_s + off
+    if profile.is_measured and job.strategy.framework == "zerocast":
+        off = sum(seconds * min(1.0, profile.spread.get(_kind_of(part, job), 0.0)) for part, seconds in parts.items())
+        return max(step_s - off, 0.0), step_s + off
+    width = conformal(stack_of(job, profile).errors)
+    return step_s * exp(-width), step_s * exp(width)
+
+
+def conformal(log_errors: Sequence[float]) -> float:
+    """The size that ``NOMINAL`` of such errors do not exceed: of ``n`` the ``ceil((n + 1) * NOMINAL)``-th smallest, or the largest
+    where there are too few to know."""
+    if not log_errors:
+        return UNKNOWN
+    sizes = sorted(map(abs, log_errors))
+    return sizes[min(len(sizes), ceil((len(sizes) + 1) * NOMINAL)) - 1]
 
 
 def _kind_of(part: str, job: Job) -> str:
@@ -55,12 +52,13 @@ def _kind_of(part: str, job: Job) -> str:
     return "matmul"
 
 
-def note_of(profile: HardwareProfile) -> str | None:
-    """What the reader of a forecast made with shipped curves must know."""
-    if profile.is_measured:
+def note_of(job: Job, profile: HardwareProfile) -> str | None:
+    """What the reader of a forecast made with shipped constants must know."""
+    evidence = stack_of(job, profile)
+    if not evidence.words:
         return None
-    known = PUBLISHED_RUNS
-    return (
-        f"time is at the rates of lone kernels: {known.n_runs} published ZeRO-2/3 runs took {known.median} times the forecast "
-        f"in the median, 95% at most {known.high} times"
-    )
+    n = len(evidence.errors)
+    if not n:
+        return f"time: {evidence.words}; no run says how far off it is, the interval is a guess"
+    few = "" if n >= 9 else f", of which there are too few for {NOMINAL:.0%}"
+    return f"time: {evidence.words}; the interval is of {n} published runs that took no part in them{few}"

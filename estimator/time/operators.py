@@ -16,13 +16,29 @@ from estimator.errors import InputError
 from estimator.job.cluster import Gpu
 from estimator.ops.operator import Op
 from estimator.time.profile import HardwareProfile
+from estimator.time.stack import LONE, Stack
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 """Output tiles (rows, columns) of one SM that matrix libraries choose from."""
 
+SPLITS = (1, 2, 3, 4, 6, 8, 16)
+"""Parts of K that different SMs work on where there are fewer than two tiles for each; their fp32 results are written and
+added up (split-K)."""
+
+SPLIT_K_LEAST = 1024
+"""No part of K is shorter."""
+
 TILE_HALF_INTENSITY = 16.0
 """A tile of rows x columns reuses an operand ``rows * columns / (rows + columns)`` times; at this reuse the feeding
 of operands takes as long as the arithmetic. Small tiles are slower by it: 64 x 64 reaches 0.79 of 256 x 128."""
+
+JOULES_PER_FLOP = 1.7e-12
+"""What a dense 16-bit multiply-add costs, per FLOP, at full clock: matrix products that run for long are throttled to the board's
+power, whose need grows with the cube of the clock (voltage follows it). Between A100 (300 W, 1.4e-12) and B200 (1 kW,
+2.2e-12), of which long runs of training shapes were published (SimuMax 1.1's efficiency tables, 0.76 and 0.50 of peak)."""
+
+COLD_EFFICIENCY = 0.86
+"""Fraction of the dense peak of large products that nothing throttles: the best of the published A100 rows."""
 
 _BACKWARD_KINDS = ("forward", "backward")
 
@@ -31,12 +47,14 @@ class OperatorTimer:
     """Seconds of operators on ``gpu``; equal operators are timed once.
 
     ``workers`` is the number of processes that share the machine (ranks of one node): it picks the points of a
-    calibrated CPU, on which N processes run with ``cores // N`` threads each. Raises ``InputError`` for an operator
+    calibrated CPU, on which N processes run with ``cores // N`` threads each. ``stack``: constants of training with a
+    framework; without them operators are timed as lone kernels are. Raises ``InputError`` for an operator
     whose dtype was never measured.
     """
 
-    def __init__(self, gpu: Gpu, profile: HardwareProfile, workers: int = 1) -> None:
+    def __init__(self, gpu: Gpu, profile: HardwareProfile, workers: int = 1, stack: Stack | None = None) -> None:
         self.gpu, self.profile, self.workers = gpu, profile, workers
+        self.stack, self.is_lone = stack or LONE, stack is None
         self._seconds: dict[Op, float] = {}
         self._points: dict[tuple[Any, ...], list[Any]] = {}
         host = profile.host_point(workers)
@@ -54,7 +72,7 @@ class OperatorTimer:
         """Seconds in which the host issues ``op``; none on a CPU, where ``seconds`` includes them."""
         if self.is_cpu:
             return 0.0
-        return op.launches * (self.host_op_s + (self.autograd_op_s if op.backward else 0.0))
+        return self.stack.host * op.launches * (self.host_op_s + (self.autograd_op_s if op.backward else 0.0))
 
     def _time(self, op: Op) -> float:
         if op.flops <= 0 and op.n_bytes <= 0:
@@ -62,6 +80,10 @@ class OperatorTimer:
         if not self.profile.is_measured:
             return self._model(op)
         seconds = self._measured(op)
+        if op.kind in ("matmul", "attention"):
+            seconds /= self.stack.matmul if op.kind == "matmul" else self._attention_share(op)
+        else:
+            seconds /= self.stack.memory
         if self.is_cpu:
             seconds += (op.launches - 1) * self.host_op_s
             if op.backward and op.kind in ("matmul", "attention"):  # the others' backward was timed through autograd
@@ -77,32 +99,61 @@ class OperatorTimer:
     def _model(self, op: Op) -> float:
         chip = self.profile.chip
         assert chip is not None, f"profile {self.profile.name} has no chip constants"
-        memory_s = op.n_bytes / (chip.memory_efficiency * self.gpu.memory_bytes_per_s)
+        memory_s = op.n_bytes / self.memory_bytes_per_s
         if op.kind == "matmul":
-            return max(self._matmul_model(op), memory_s) + op.launches * chip.kernel_s
+            return max(self._matmul_model(op) / self.stack.matmul, memory_s) + op.launches * chip.kernel_s
         if op.kind == "attention":
-            return max(self._attention(op), memory_s) + op.launches * chip.kernel_s
-        vector_flops = self.gpu.peak_flops["fp32"]
-        return max(op.flops / vector_flops, memory_s) + op.launches * chip.kernel_s
+            return max(self._attention(op) / self._attention_share(op), memory_s) + op.launches * chip.kernel_s
+        seconds = max(op.flops / self.gpu.peak_flops["fp32"], memory_s)
+        if op.kind == "loss":
+            seconds /= self.stack.loss
+        return seconds + op.launches * chip.kernel_s
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """What large streaming kernels reach."""
+        chip = self.profile.chip
+        assert chip is not None
+        return min(1.0, chip.memory_efficiency * self.stack.memory) * self.gpu.memory_bytes_per_s
 
     def peak_flops(self, dtype: str) -> float:
         """Dense peak of ``dtype``; without a fast path (bf16 on Volta) the fp32 peak."""
         return self.gpu.peak_flops.get(dtype) or self.gpu.peak_flops["fp32"]
 
+    def _attention_share(self, op: Op) -> float:
+        share = self.stack.attention_backward if op.backward else self.stack.attention
+        return share * self.stack.attention_wide if op.shape[4] > 64 else share
+
+    def _matmul_efficiency(self, dtype: str) -> float:
+        """Of the dense peak, for large products: what lone ones reach, or what the board's power sustains if that is less."""
+        chip = self.profile.chip
+        assert chip is not None
+        lone = min(1.0, chip.matmul_efficiency.get(dtype) or chip.matmul_efficiency["bf16"])
+        peak = self.gpu.peak_flops.get("bf16") or self.gpu.peak_flops.get("fp16")
+        if self.is_lone or not self.gpu.tdp_watts or not peak or dtype == "fp32":
+            return lone
+        return min(lone, COLD_EFFICIENCY * min(1.0, self.gpu.tdp_watts / (JOULES_PER_FLOP * peak)) ** (1 / 3))
+
     def _matmul_model(self, op: Op) -> float:
         chip = self.profile.chip
         assert chip is not None
         batch, m, n, k = op.shape
-        efficiency = chip.matmul_efficiency.get(op.dtype) or chip.matmul_efficiency["bf16"]
         sms = max(1, self.gpu.n_sms)
-        flops_per_sm_s = self.peak_flops(op.dtype) / sms * min(1.0, efficiency)
+        flops_per_sm_s = self.peak_flops(op.dtype) / sms * self._matmul_efficiency(op.dtype)
         best = float("inf")
         top = _reuse(*TILES[0])
         for rows, columns in TILES:
-            waves = ceil(batch * ceil(m / rows) * ceil(n / columns) / sms)
+            tiles = batch * ceil(m / rows) * ceil(n / columns) / sms
             slower = top / _reuse(rows, columns)
-            best = min(best, waves * slower * 2.0 * rows * columns * (k + chip.k_ramp))
-        return max(best / flops_per_sm_s, op.flops / (sms * flops_per_sm_s))
+            for split in SPLITS:
+                if split > 1 and (tiles >= 2.0 or k < split * SPLIT_K_LEAST):
+                    break
+                waves = chip.quantization * ceil(tiles * split) + (1.0 - chip.quantization) * max(1.0, tiles * split)
+                seconds = waves * slower * 2.0 * rows * columns * (k / split + chip.k_ramp) / flops_per_sm_s
+                if split > 1:
+                    seconds += 8.0 * split * batch * m * n / self.memory_bytes_per_s
+                best = min(best, seconds)
+        return max(best, op.flops / (sms * flops_per_sm_s))
 
     def _attention(self, op: Op) -> float:
         """From points; a published point's rate is scaled from its reference GPU's peak to this GPU's."""

@@ -10,63 +10,83 @@ ranks advance alike, the rest is skipped as ``estimator.time.player`` does for o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from estimator.job.job import Job
 from estimator.ops.cost import UnitCost
 from estimator.schedule.events import Collective, Event, Recv, Section, Send, Sent, StepProgram, Tag, Wait
 from estimator.time.durations import Durations
-from estimator.time.interval import interval
-from estimator.time.player import COLLECTIVE_PART, INDEX, Player, StepTime, bound_of, difference, same
+from estimator.time.player import COLLECTIVE_PART, INDEX, PASSES, Player, StepTime, difference, same, step_time
 from estimator.time.profile import HardwareProfile
+from estimator.time.stack import Stack
 
-_PLAIN, _COME, _LEAVE = range(3)
+PLAIN, COME, LEAVE = range(3)
 _HOST = INDEX["host"]
+R = TypeVar("R", bound="PipelineRank")
 
 
 def time_of_pipeline(
-    stages: Sequence[tuple[StepProgram, list[UnitCost]]], job: Job, profile: HardwareProfile
+    stages: Sequence[tuple[StepProgram, list[UnitCost]]], job: Job, profile: HardwareProfile, stack: Stack | None = None
 ) -> StepTime:
     """Seconds of one step of a pipeline, whose ranks have the programs and unit costs ``stages``; parts are of the rank that ends
     last. Raises ``InputError`` for what the profile cannot time."""
-    durations = Durations(stages[0][1], job, profile)
+    durations = Durations(stages[0][1], job, profile, stack)
+    ends = [rank.finish() for rank in play_ranks(stages, durations, PipelineRank)]
+    return step_time(*ends[last_of(ends)], durations)
+
+
+def play_ranks(
+    stages: Sequence[tuple[StepProgram, list[UnitCost]]], durations: Durations, kind: Callable[..., R]
+) -> list[R]:
+    """A rank of each stage, of that kind, which has played its program to the end."""
     links: dict[Any, _Link] = {}
+    drafts: Drafts = {}
     ranks = []
-    for rank, (program, costs) in enumerate(stages):
+    for number, (program, costs) in enumerate(stages):
         own = copy(durations)  # equal operators are timed once for all
         own.costs = costs
-        ranks.append(_Rank(own, rank, program, links))
+        ranks.append(kind(own, number, program, links, drafts))
     _play(ranks, links)
-    ends = [rank.finish() for rank in ranks]
-    parts, busy = max(ends, key=lambda end: (sum(end[0].values()), -end[0]["pipeline_bubble"]))
-    step_s = sum(parts.values())
-    return StepTime(step_s, *interval(step_s, parts, job, profile), parts, busy, bound_of(parts))
+    return ranks
+
+
+def last_of(ends: Sequence[tuple[dict[str, float], dict[str, float]]]) -> int:
+    """Whose parts and busy seconds are told: the rank's that ends last, of several that which waits least."""
+    return max(range(len(ends)), key=lambda i: (sum(ends[i][0].values()), -ends[i][0]["pipeline_bubble"]))
+
+
+Drafts = dict[tuple[int, tuple[int, ...]], tuple[Sequence[Event], list[Any]]]
+"""Events of a pass and what ``PipelineRank.draft`` makes of them, by identity of the events and of the units' costs."""
 
 
 class _Link:
     """Messages of one kind from one rank to another, or collectives of the same ranks, in order."""
 
-    __slots__ = ("passed", "times", "waiting")
+    __slots__ = ("is_pair", "passed", "times", "waiting")
 
     def __init__(self, n_parties: int) -> None:
         self.times: list[list[float]] = [[] for _ in range(n_parties)]
         """When each party was ready for each; by party (of a message: sender, receiver)."""
+        self.is_pair = n_parties == 2
         self.passed = [0] * n_parties
         """How many of its own each party has waited for."""
-        self.waiting: list[_Rank] = []
+        self.waiting: list[PipelineRank] = []
         """Who cannot go on before another party has come."""
 
     def start(self, party: int) -> float | None:
         """When that begins, or began, which ``party`` waits for next; ``None``: not known yet."""
         index = self.passed[party]
-        start = 0.0
-        for times in self.times:
-            if len(times) <= index:
+        if self.is_pair:
+            ones, others = self.times
+            if len(ones) <= index or len(others) <= index:
                 return None
-            if times[index] > start:
-                start = times[index]
+            start = max(ones[index], others[index])
+        else:
+            if any(len(times) <= index for times in self.times):
+                return None
+            start = max(times[index] for times in self.times)
         self.passed[party] = index + 1
         return start
 
@@ -94,20 +114,23 @@ class _Place(NamedTuple):
     repeat: int
 
 
-class _Rank(Player):
+class PipelineRank(Player):
     """One rank's clocks. ``items`` of a section: plain code, or what concerns other ranks."""
 
-    def __init__(self, durations: Durations, rank: int, program: StepProgram, links: dict[Any, _Link]) -> None:
+    def __init__(
+        self, durations: Durations, rank: int, program: StepProgram, links: dict[Any, _Link], drafts: Drafts
+    ) -> None:
         super().__init__(durations, serial=durations.is_cpu)
-        self.rank, self.links = rank, links
+        self.rank, self.links, self._drafts = rank, links, drafts
         self.pp = durations.job.strategy.pp
         self.stage_size = durations.job.cluster.n_gpus // self.pp
+        self._kind = tuple(map(id, durations.costs))
         self._known: dict[int, list[tuple[Any, ...]]] = {}
-        self._links: dict[Tag, tuple[_Link, int, float, str, str]] = {}
+        self._links: dict[Tag, tuple[_Link, int, float, str, int]] = {}
         """By tag: the messages or collectives that carry it, this rank's place among their parties, seconds, part, stream."""
         self.sections = [(self._items(section), section.repeat) for section in program.step]
         self.at, self.index = _Place(0, 0), 0
-        self.woken: list[_Rank] = []
+        self.woken: list[PipelineRank] = []
         """Ranks that can go on since this one has."""
 
     # ---- compiling ------------------------------------------------------------------------------------------------
@@ -121,40 +144,53 @@ class _Rank(Player):
         return items
 
     def _items_of(self, events: Sequence[Event]) -> list[tuple[Any, ...]]:
-        items: list[tuple[Any, ...]] = []
+        key = id(events), self._kind
+        if key not in self._drafts:
+            self._drafts[key] = events, self._draft(events)
+        return [self._item(part) for part in self._drafts[key][1]]
+
+    def _draft(self, events: Sequence[Event]) -> list[Any]:
+        """``events`` of a pass as plain code and, between it, events that concern other ranks. Ranks whose units cost the same share it."""
+        draft: list[Any] = []
         plain: list[Event] = []
-
-        def put(item: tuple[Any, ...]) -> None:
-            nonlocal plain
-            code = self.compile(plain)
-            items.extend([(_PLAIN, code)] if code else [])
-            items.append(item)
-            plain = []
-
+        tags = set(self._links)
         for event in events:
-            if isinstance(event, Send | Recv):
-                link, seconds = self._link_of(event), self.durations.message(event.n_bytes, self._crosses(event.offset))
-                party = int(isinstance(event, Recv))
-                self._links[event.tag] = link, party, seconds, "exposed_other_comm", ("send", "recv")[party]
-                put((_COME, link, party))
-            elif isinstance(event, Wait) and event.tag in self._links:
-                put((_LEAVE, *self._links[event.tag], event.stream))
-            elif isinstance(event, Collective) and len(stages := self._stages_of(event)) > 1:
-                key = (event.tag[0], event.span)  # each stage numbers its groups itself
-                link = self.links.setdefault(key, _Link(len(stages)))
-                seconds = self.durations.collective(event.op, event.n_bytes, event.span)
-                self._links[event.tag] = (
-                    link,
-                    stages.index(self.rank),
-                    seconds,
-                    COLLECTIVE_PART[event.purpose],
-                    event.stream,
-                )
-                put((_COME, link, stages.index(self.rank)))
-            elif not isinstance(event, Sent):
+            kind = type(event)
+            if kind is Sent:
+                continue
+            carries = kind is Send or kind is Recv or (kind is Collective and self._crosses_stages(event))  # type: ignore[arg-type]
+            if carries:
+                tags.add(event.tag)  # type: ignore[union-attr]
+            if not carries and not (kind is Wait and event.tag in tags):  # type: ignore[union-attr]
                 plain.append(event)
-        code = self.compile(plain)
-        return [*items, (_PLAIN, code)] if code else items
+                continue
+            draft += self._plain(plain)
+            draft.append(event)
+            plain = []
+        return draft + self._plain(plain)
+
+    def _plain(self, events: list[Event]) -> list[tuple[Any, ...]]:
+        code = self.compile(events) if events else []
+        return [(PLAIN, code)] if code else []
+
+    def _item(self, part: Any) -> tuple[Any, ...]:
+        """A part of a draft, for this rank."""
+        if isinstance(part, Wait):
+            return (LEAVE, *self._links[part.tag], part.stream)
+        if isinstance(part, Send | Recv):
+            if part.tag not in self._links:  # all that carry it go the same way
+                link, seconds = self._link_of(part), self.durations.message(part.n_bytes, self._crosses(part.offset))
+                party = int(isinstance(part, Recv))
+                self._links[part.tag] = link, party, seconds, "exposed_other_comm", INDEX[("send", "recv")[party]]
+            return (COME, *self._links[part.tag][:2])
+        if isinstance(part, Collective):
+            stages = self._stages_of(part)
+            key = (part.tag[0], part.span)  # each stage numbers its groups itself
+            link = self.links.setdefault(key, _Link(len(stages)))
+            seconds, party = self.durations.collective(part.op, part.n_bytes, part.span), stages.index(self.rank)
+            self._links[part.tag] = link, party, seconds, COLLECTIVE_PART[part.purpose], INDEX[part.stream]
+            return (COME, link, party)
+        return part  # type: ignore[no-any-return]  # plain code
 
     def _link_of(self, event: Send | Recv) -> _Link:
         other = self.rank + event.offset // self.stage_size
@@ -163,8 +199,14 @@ class _Rank(Player):
 
     def _crosses(self, offset: int) -> bool:
         """Whether some rank of this stage has its peer on another node."""
-        first, per_node = self.rank * self.stage_size, self.durations.job.cluster.gpus_per_node
+        first, per_node = self.rank * self.stage_size, self.durations.job.cluster.gpus_per_domain
         return any(rank // per_node != (rank + offset) // per_node for rank in (first, first + self.stage_size - 1))
+
+    def _crosses_stages(self, event: Collective) -> bool:
+        span = event.span
+        if span is not None and self.stage_size % (span.size * span.stride) == 0:
+            return False  # groups of ranks one after another, all in one stage
+        return len(self._stages_of(event)) > 1
 
     def _stages_of(self, event: Collective) -> list[int]:
         """Pipeline ranks that take part."""
@@ -176,48 +218,61 @@ class _Rank(Player):
 
     def advance(self, target: _Place) -> None:
         """Play until ``target`` or until something is not known yet."""
-        obey = self._obey
         while self.at < target:
             items, repeat = self.sections[self.at.section]
-            for index in range(self.index, len(items)):
-                if not obey(items[index]):
-                    self.index = index
-                    return
+            self.index = self._obey(items, self.index)
+            if self.index < len(items):
+                return
             self.index = 0
             section, done = self.at.section, self.at.repeat + 1
             self.at = _Place(section, done) if done < repeat else _Place(section + 1, 0)
 
-    def _obey(self, item: tuple[Any, ...]) -> bool:
-        if item[0] == _PLAIN:
-            self.run(item[1])
-            return True
-        now, host = self.clocks[0], self.clocks[_HOST]
-        if item[0] == _COME:
-            _, link, party = item
-            self.clocks[_HOST] = host = host + self.durations.issue_s
-            link.times[party].append(now if self.serial or now > host else host)
-            if link.waiting:
-                self.woken += link.waiting
-                link.waiting.clear()
-            return True
-        _, link, party, seconds, part, stream, waiting = item
-        start = link.start(party)
-        if start is None:
-            link.waiting.append(self)
-            return False
-        self.busy[INDEX[stream]] += seconds
-        end = start + seconds
-        if waiting == "host" and not self.serial:
-            if end > host:
-                self.host_log.append((host, end, part))
-                self.clocks[_HOST] = end
-        elif end > now:
-            self._idle(now, end, (end, start, part, "pipeline_bubble"), part)
-            self.clocks[0] = end
-        return True
+    def _obey(self, items: Sequence[tuple[Any, ...]], start_at: int) -> int:
+        """Play ``items`` from ``start_at`` on until something is not known yet, which is at the index that is returned."""
+        clocks, parts, busy = self.clocks, self.parts, self.busy
+        serial, issue_s = self.serial, self.durations.issue_s
+        for index in range(start_at, len(items)):
+            item = items[index]
+            if item[0] == PLAIN:
+                code = item[1]
+                if len(code) > 1 or code[0][0] != PASSES or serial or clocks[_HOST] - clocks[0] > code[0][1]:
+                    self.run(code)
+                    continue
+                _, _, device_s, host_s, shares, _ = code[0]
+                for part, seconds in shares:
+                    parts[part] += seconds
+                busy[0] += device_s
+                clocks[0] += device_s
+                clocks[_HOST] += host_s
+                if self.host_log and self.host_log[-1][1] <= clocks[0]:
+                    self.host_log.clear()
+            elif item[0] == COME:
+                _, link, party = item
+                now, host = clocks[0], clocks[_HOST] + issue_s
+                clocks[_HOST] = host
+                link.times[party].append(now if serial or now > host else host)
+                if link.waiting:
+                    self.woken += link.waiting
+                    link.waiting.clear()
+            else:
+                _, link, party, seconds, part, stream, waiting = item
+                start = link.start(party)
+                if start is None:
+                    link.waiting.append(self)
+                    return index
+                busy[stream] += seconds
+                end = start + seconds
+                if waiting == "host" and not serial:
+                    if end > clocks[_HOST]:
+                        self.host_log.append((clocks[_HOST], end, part))
+                        clocks[_HOST] = end
+                elif end > clocks[0]:
+                    self._idle(clocks[0], end, (end, start, part, "pipeline_bubble"), part)
+                    clocks[0] = end
+        return len(items)
 
 
-def _play(ranks: list[_Rank], links: dict[Any, _Link]) -> None:
+def _play(ranks: Sequence[PipelineRank], links: dict[Any, _Link]) -> None:
     """All sections of all ranks."""
     n_sections = len(ranks[0].sections)
     for section in range(n_sections):
@@ -230,7 +285,7 @@ def _play(ranks: list[_Rank], links: dict[Any, _Link]) -> None:
     assert done, "every rank of the pipeline waits for another"
 
 
-def _reach(ranks: list[_Rank], target: _Place) -> bool:
+def _reach(ranks: Sequence[PipelineRank], target: _Place) -> bool:
     """Play all ranks until ``target``; False when each waits for another before that."""
     ready = list(ranks)
     while ready:
@@ -241,7 +296,7 @@ def _reach(ranks: list[_Rank], target: _Place) -> bool:
     return all(rank.at >= target for rank in ranks)
 
 
-def _play_repeats(ranks: list[_Rank], links: dict[Any, _Link], section: int, repeat: int) -> bool:
+def _play_repeats(ranks: Sequence[PipelineRank], links: dict[Any, _Link], section: int, repeat: int) -> bool:
     """All repeats of ``section``; see ``Player.play``."""
     previous: list[float] | None = None
     for done in range(1, repeat + 1):
@@ -251,7 +306,11 @@ def _play_repeats(ranks: list[_Rank], links: dict[Any, _Link], section: int, rep
         advance = difference(_state(ranks, links), before)
         left = repeat - done
         alike = (
-            previous is not None and left > 2 and not any(rank.host_log for rank in ranks) and same(advance, previous)
+            previous is not None
+            and left > 2
+            and done >= ranks[0].least_turns
+            and not any(rank.host_log for rank in ranks)
+            and same(advance, previous)
         )
         if alike and _skip(ranks, links, advance, _Place(section, repeat - 1)):
             return _reach(ranks, _Place(section + 1, 0))
@@ -263,11 +322,11 @@ def _after(section: int, done: int, repeat: int) -> _Place:
     return _Place(section, done) if done < repeat else _Place(section + 1, 0)
 
 
-def _state(ranks: list[_Rank], links: dict[Any, _Link]) -> list[float]:
+def _state(ranks: Sequence[PipelineRank], links: dict[Any, _Link]) -> list[float]:
     return [x for rank in ranks for x in rank.state()] + [x for link in links.values() for x in link.state()]
 
 
-def _skip(ranks: list[_Rank], links: dict[Any, _Link], advance: list[float], target: _Place) -> bool:
+def _skip(ranks: Sequence[PipelineRank], links: dict[Any, _Link], advance: list[float], target: _Place) -> bool:
     """Move everything on to ``target``, where every repeat until then advances all clocks by ``advance``, and see whether they still
     do: the map is convex along that line. Else everything is as it was."""
     times = target.repeat - ranks[0].at.repeat

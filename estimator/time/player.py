@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from estimator.job.job import Job
@@ -42,6 +43,7 @@ from estimator.schedule.events import (
     Keep,
     Pack,
     PickRows,
+    Restage,
     Section,
     StepProgram,
     SumPieces,
@@ -53,13 +55,14 @@ from estimator.schedule.servers import grow_older
 from estimator.time.durations import Durations
 from estimator.time.interval import interval
 from estimator.time.profile import HardwareProfile
+from estimator.time.stack import Stack
 
 STREAMS = ("compute", "gather", "reduce", "h2d", "d2h", "send", "recv", "nvme_read", "nvme_write", "worker", "host")
 INDEX = {name: i for i, name in enumerate(STREAMS)}
 _HOST = INDEX["host"]
 _FILES = (INDEX["nvme_read"], INDEX["nvme_write"])
 _COLLECTIVE_STREAMS = (INDEX["gather"], INDEX["reduce"])
-_WORK, _PASS, _WAIT, _HOST_WORK, _HOST_WAIT = range(5)
+WORK, PASS, WAIT, HOST_WORK, HOST_WAIT, PASSES = range(6)
 _TOLERANCE = 1e-9
 
 COLLECTIVE_PART = {
@@ -86,20 +89,33 @@ class StepTime(NamedTuple):
     ``pipeline bubble``."""
 
 
-def time_of(program: StepProgram, costs: Sequence[UnitCost], job: Job, profile: HardwareProfile) -> StepTime:
+def time_of(
+    program: StepProgram, costs: Sequence[UnitCost], job: Job, profile: HardwareProfile, stack: Stack | None = None
+) -> StepTime:
     """Seconds of one step of ``program``; ``costs`` is indexed like the layout's units (equal units may share one).
+    ``stack``: other constants of the framework than the shipped ones.
 
     Raises ``InputError`` for what the profile cannot time (a dtype that was not measured).
     """
-    player = Player(Durations(costs, job, profile), serial=job.cluster.gpu.arch == "cpu")
-    if job.strategy.staleness:
-        parts, busy = steady_step(player, program, job.strategy.staleness)
-    else:
-        for section in program.step:
-            player.play(section)
-        parts, busy = player.finish()
+    player = Player(Durations(costs, job, profile, stack), serial=job.cluster.gpu.arch == "cpu")
+    return step_time(*play_step(player, program, job.strategy.staleness), player.durations)
+
+
+def play_step(player: Player, program: StepProgram, staleness: int = 0) -> tuple[dict[str, float], dict[str, float]]:
+    """Parts and busy seconds by stream of ``program``, without what surrounds it (``Stack.slowed``)."""
+    if staleness:
+        return steady_step(player, program, staleness)
+    for section in program.step:
+        player.play(section)
+    return player.finish()
+
+
+def step_time(parts: dict[str, float], busy: dict[str, float], durations: Durations) -> StepTime:
+    """The step whose program was played to ``parts``."""
+    job = durations.job
+    parts = durations.stack.slowed(parts, busy, job.cluster.n_gpus, job.zero_stage)
     step_s = sum(parts.values())
-    return StepTime(step_s, *interval(step_s, parts, job, profile), parts, busy, bound_of(parts))
+    return StepTime(step_s, *interval(step_s, parts, job, durations.profile), parts, busy, bound_of(parts))
 
 
 def steady_step(player: Player, program: StepProgram, staleness: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -135,6 +151,11 @@ def bound_of(parts: dict[str, float]) -> str:
 class Player:
     """Clocks of one step. Events are compiled to tuples once; an iteration of a section only adds and compares."""
 
+    least_turns = 0
+    """Iterations that are played before any are skipped."""
+    joins_passes = True
+    """Units' passes between which nothing happens are played as one (``joined``)."""
+
     def __init__(self, durations: Durations, *, serial: bool) -> None:
         self.durations, self.serial = durations, serial
         self.clocks = [0.0] * len(STREAMS)
@@ -168,7 +189,8 @@ class Player:
             run(code)
             left -= 1
             advance = difference(self.state(), before)
-            if previous is not None and left > 2 and not self.host_log and same(advance, previous):
+            may_skip = left > 2 and not self.host_log and section.repeat - left >= self.least_turns
+            if previous is not None and may_skip and same(advance, previous):
                 saved = self.save()
                 self.shift(iter(advance), left - 1)
                 before = self.state()
@@ -225,48 +247,57 @@ class Player:
                 unit, phase = event
                 key = (id(units[unit]), phase)
                 if key not in passes:
-                    passes[key] = [(_PASS, *times) for times in d.passes(unit, phase)]
+                    passes[key] = [(PASS, *times) for times in d.passes(unit, phase)]
                 code += passes[key]
             elif kind is Wait:
                 stream, tag = event
-                code.append((_HOST_WAIT, tag) if stream == "host" else (_WAIT, INDEX[stream], tag))
+                code.append((HOST_WAIT, tag) if stream == "host" else (WAIT, INDEX[stream], tag))
             elif kind is Collective:
                 op, purpose, _, n_bytes, stream, tag, span, _ = event
                 seconds = d.collective(op, n_bytes, span)
-                code.append((_WORK, INDEX[stream], seconds, issue_s, COLLECTIVE_PART[purpose], tag))
+                code.append((WORK, INDEX[stream], seconds, issue_s, COLLECTIVE_PART[purpose], tag))
             elif kind is Copy:
                 stream, _, _, n_bytes, tag = event
-                code.append((_WORK, INDEX[stream], d.copy(stream, n_bytes), issue_s, "offload", tag))
+                code.append((WORK, INDEX[stream], d.copy(stream, n_bytes), issue_s, "offload", tag))
             else:
                 code.append(self._kernel(event))
-        return code
+        return joined(code) if self.joins_passes else code
 
     def _kernel(self, event: Any) -> tuple[Any, ...]:
         d = self.durations
         if isinstance(event, PickRows | AddRows):
-            return (_WORK, 0, d.rows(event), d.issue_s, "exposed_reduce", None)
+            return (WORK, 0, d.rows(event), d.issue_s, "exposed_reduce", None)
         if isinstance(event, Pack | Unpack | Keep):
             part = "exposed_gather" if isinstance(event, Keep) else COLLECTIVE_PART[event.purpose]
-            return (_WORK, 0, d.compression(event), d.issue_s, part, None)
+            return (WORK, 0, d.compression(event), d.issue_s, part, None)
+        if isinstance(event, Restage):
+            return (
+                WORK,
+                INDEX[event.stream],
+                d.restage(event.n_bytes),
+                d.issue_s,
+                COLLECTIVE_PART[event.purpose],
+                None,
+            )
         if isinstance(event, Blend):
-            return (_WORK, 0, d.blend(event.numel), d.issue_s, "exposed_reduce", None)
+            return (WORK, 0, d.blend(event.numel), d.issue_s, "exposed_reduce", None)
         if isinstance(event, SumPieces):
-            return (_WORK, 0, d.sum_pieces(event), d.issue_s * event.pieces, "exposed_reduce", None)
+            return (WORK, 0, d.sum_pieces(event), d.issue_s * event.pieces, "exposed_reduce", None)
         if isinstance(event, Accumulate):
-            return (_WORK, 0, d.accumulate(event.n_bytes), d.issue_s, "backward", None)
+            return (WORK, 0, d.accumulate(event.n_bytes), d.issue_s, "backward", None)
         if isinstance(event, Commit):
-            return (_HOST_WORK, d.commit(), "offload", None)
+            return (HOST_WORK, d.commit(), "offload", None)
         tag = ("update" if isinstance(event, Update) else "square", event.group)
         on_host = event.stream == "host"
         if event.stream == "worker":
-            return (_WORK, INDEX["worker"], d.update(event.numel, True), 0.0, "offload", tag)
+            return (WORK, INDEX["worker"], d.update(event.numel, True), 0.0, "offload", tag)
         if isinstance(event, Update):
             seconds = d.update(event.numel, on_host)
         else:
             seconds = d.grad_norm(event.n_bytes, on_host)
         if on_host:
-            return (_HOST_WORK, seconds, "offload", tag)
-        return (_WORK, INDEX[event.stream], seconds, d.issue_s, "optimizer", tag)
+            return (HOST_WORK, seconds, "offload", tag)
+        return (WORK, INDEX[event.stream], seconds, d.issue_s, "optimizer", tag)
 
     # ---- running --------------------------------------------------------------------------------------------------
 
@@ -280,9 +311,15 @@ class Player:
         now, overlap = clocks[0], self.durations.overlap
         for step in code:
             kind = step[0]
-            if kind == _PASS:
+            if kind == PASSES:
+                for part, seconds in step[4]:
+                    parts[part] += seconds
+                now += step[2]
+                busy[0] += step[2]
+                continue
+            if kind == PASS:
                 seconds, part, stream = step[2], step[1], 0
-            elif kind == _WORK:
+            elif kind == WORK:
                 seconds, part, stream = step[2], step[4], step[1]
                 if stream in _FILES:
                     clocks[stream] = max(clocks[stream], now) + seconds
@@ -295,11 +332,11 @@ class Player:
                     seconds -= hidden
                     clocks[stream] = max(clocks[stream], now + seconds) + hidden
                     tags[step[5]] = (clocks[stream], clocks[stream] - hidden, part, part)
-            elif kind == _HOST_WORK:
+            elif kind == HOST_WORK:
                 seconds, part, stream = step[1], step[2], _HOST
             else:
                 record = tags.get(step[-1])
-                if record is not None and kind == _WAIT and step[1] in _FILES:
+                if record is not None and kind == WAIT and step[1] in _FILES:
                     clocks[step[1]] = max(clocks[step[1]], record[0])
                 elif record is not None and record[0] > now:
                     parts[record[2]] += record[0] - now
@@ -315,7 +352,18 @@ class Player:
         now, host = clocks[0], clocks[_HOST]
         for step in code:
             kind = step[0]
-            if kind == _PASS:
+            if kind == PASSES:
+                if host - now <= step[1]:
+                    for part, seconds in step[4]:
+                        parts[part] += seconds
+                    now += step[2]
+                    busy[0] += step[2]
+                    host += step[3]
+                else:
+                    clocks[0], clocks[_HOST] = now, host
+                    self._run(step[5])
+                    now, host = clocks[0], clocks[_HOST]
+            elif kind == PASS:
                 _, part, device_s, host_bound_s, host_s = step
                 end = now + device_s
                 if host + host_bound_s > end:
@@ -332,7 +380,7 @@ class Player:
                     now = end
                 host += host_s
                 busy[0] += device_s
-            elif kind == _WORK:
+            elif kind == WORK:
                 _, stream, seconds, issue_s, part, tag = step
                 host += issue_s
                 if stream == 0:
@@ -355,7 +403,7 @@ class Player:
                 busy[stream] += seconds
                 if tag is not None:
                     tags[tag] = (start + seconds, start, part, before)
-            elif kind == _WAIT:
+            elif kind == WAIT:
                 _, stream, tag = step
                 record = tags.get(tag)
                 if record is not None:
@@ -366,7 +414,7 @@ class Player:
                     elif record[0] > clocks[stream]:
                         clocks[stream] = record[0]
                         last_part[stream] = record[2]
-            elif kind == _HOST_WORK:
+            elif kind == HOST_WORK:
                 _, seconds, part, tag = step
                 self.host_log.append((host, host + seconds, part))
                 if tag is not None:
@@ -404,6 +452,27 @@ class Player:
                 self.parts[name] += overlap
                 rest -= overlap
         self.parts[part] += max(0.0, rest)
+
+
+def joined(code: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """``code`` with passes that follow one another at once as single steps: how far the host may be ahead of the device, or must be
+    behind it, for none of them to wait for it; seconds of device and host; seconds by part; and the passes themselves, for
+    when one does wait."""
+    result: list[tuple[Any, ...]] = []
+    for is_pass, steps in groupby(code, lambda step: step[0] == PASS):
+        run = list(steps)
+        if not is_pass or len(run) == 1:
+            result += run
+            continue
+        slack, device_s, host_s = float("inf"), 0.0, 0.0
+        shares: dict[str, float] = {}
+        for _, part, seconds, bound_s, issue_s in run:
+            device_s += seconds
+            slack = min(slack, device_s - host_s - bound_s)
+            host_s += issue_s
+            shares[part] = shares.get(part, 0.0) + seconds
+        result.append((PASSES, slack, device_s, host_s, tuple(shares.items()), run))
+    return result
 
 
 def difference(after: list[float], before: list[float]) -> list[float]:

@@ -184,11 +184,14 @@ class ChipModel:
     copy_s: float
     """Seconds of a copy beyond its bytes."""
     derivation: str
+    quantization: float = 1.0
+    """Share of a partly filled last wave of tiles that is lost: libraries split the tiles that remain, and chips under a power
+    limit clock up while SMs idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkModel:
-    """Constants of collectives; see ``estimator.time.network`` for the formulas."""
+    """Constants of collectives; see ``estimator.time.collectives`` for the formulas."""
 
     ring_efficiency: float
     """Fraction of the intra-node link that large ring collectives reach (bus bandwidth / link)."""
@@ -200,13 +203,21 @@ class LinkModel:
     launch_s: float
     """Floor of any collective: kernel launch and rendezvous."""
     intra_hop_s: Mapping[str, float]
-    """Seconds per hop inside a node by protocol: ``low_latency`` and ``simple``."""
+    """Seconds per hop inside a node by protocol: ``low_latency``, ``ll128``, ``simple``; both mappings name those there are."""
     inter_hop_s: Mapping[str, float]
     inter_floor_s: float
     """Added once when a collective crosses nodes."""
     pipelining: float
     """Weight of the cross term of latency and bandwidth (chunked pipelines): 0 none, 1 the classical optimum."""
     derivation: str
+    node_pipelining: float = 0.5
+    """The same where nodes are crossed."""
+    in_switch_rank_s: float = 2.5e-6
+    """Latency of a reduction in the switch, per rank: 8 to 72 ranks of published rows."""
+    peer_s: float = 7.5e-6
+    """Latency of grouped sends and receives per peer: 8 x A100 all-to-all 87 us from 32 bytes to 2 MiB, 30 of them the floor's; 8 x B200 7.3."""
+    socket_efficiency: float = 0.0
+    """``ring_efficiency`` of PCIe groups behind one socket; 0: the same as across."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -313,14 +324,20 @@ def profile_for(gpu: Gpu, calibrated: HardwareProfile | None = None) -> tuple[Ha
         notes = (f"profile {calibrated.name!r} does not describe {gpu.name}; shipped curves are used",)
     own = _own_profile(gpu)
     if own is not None:
-        return own, (*notes, *own.notes)
+        other = (_scaled(gpu, own),) if own.arch != gpu.arch else ()
+        return own, (*notes, *other, *own.notes)
     for arch in NEAREST_ARCH.get(gpu.arch, ()):
         for profile in shipped_profiles():
             if profile.arch == arch:
-                note = f"{gpu.name} ({gpu.arch}) has no profile; the curves of {profile.name} ({arch}) are scaled to its peaks"
-                return profile, (*notes, note, *profile.notes)
+                return profile, (*notes, _scaled(gpu, profile), *profile.notes)
     hint = "run `zerocast calibrate` on it" if gpu.arch == "cpu" else f"known: {', '.join(sorted(NEAREST_ARCH))}"
     raise InputError(f"gpu {gpu.name!r} has architecture {gpu.arch!r}, for which there are no curves; {hint}")
+
+
+def _scaled(gpu: Gpu, profile: HardwareProfile) -> str:
+    return (
+        f"{gpu.name} ({gpu.arch}) has no profile; the curves of {profile.name} ({profile.arch}) are scaled to its peaks"
+    )
 
 
 def _complete(calibrated: HardwareProfile, gpu: Gpu) -> tuple[HardwareProfile, tuple[str, ...]]:

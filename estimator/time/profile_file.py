@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -174,6 +173,8 @@ def write_json(data: Any, path: str | Path) -> Path:
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        import tempfile  # which takes milliseconds to load, and only calibration writes
+
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as f:
             temporary = f.name
             json.dump(data, f, indent=1)

@@ -43,6 +43,17 @@ class Embedding(nn.Module):
         return self.norm(x) if self.norm is not None else x
 
 
+class CoreAttention(nn.Module):
+    """From queries, keys and values to what they attend to; a module because it can be recomputed alone."""
+
+    def __init__(self, layers: WholeLayers) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.layers.context.attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads."""
 
@@ -55,6 +66,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(spec.d_model, d_kv, bias=spec.qkv_bias)
         self.q_norm = RmsNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RmsNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.core = CoreAttention(layers)
         self.out = nn.Linear(d_attn, spec.d_model, bias=spec.attn_out_bias)
         self.head_dim = spec.head_dim
 
@@ -68,7 +80,7 @@ class Attention(nn.Module):
         if cos is not None and sin is not None:
             q = functional.rotate(q, cos, sin)
             k = functional.rotate(k, cos, sin)
-        return self.layers.row(self.layers.context.attention(q, k, v).flatten(2), self.out.weight, self.out.bias)
+        return self.layers.row(self.core(q, k, v).flatten(2), self.out.weight, self.out.bias)
 
 
 class Mlp(nn.Module):
@@ -96,13 +108,15 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Attention and MLP around the residual stream ``[B, S, D]``."""
 
-    recompute_parts: ClassVar = {"attention": ("attn",), "mlp": ("mlp",), "norms": (), "activation": ()}
+    recompute_parts: ClassVar = {
+        "attention": ("attn",), "core_attention": ("attn.core",), "mlp": ("mlp",), "norms": (), "activation": (),
+    }  # fmt: skip
     """Submodules of each part of a block that can be recomputed; norms and activations are ``runtime.functional``'s."""
 
     def __init__(self, spec: ModelSpec, layers: WholeLayers, mlp: nn.Module) -> None:
         super().__init__()
         self.attn_norm = make_norm(spec)
-        self.attn = Attention(spec, layers) if spec.latent is None else LatentSelfAttention(spec, spec.latent)
+        self.attn = Attention(spec, layers) if spec.latent is None else LatentSelfAttention(spec, spec.latent, layers)
         self.attn_post_norm = make_norm(spec) if spec.sandwich_norms else nn.Identity()
         self.mlp_norm = make_norm(spec)
         self.mlp = mlp
@@ -159,7 +173,7 @@ class Decoder(nn.Module):
         if experts is None:
             return Mlp(self.spec, self.layers)
         shared = Mlp(replace(self.spec, d_ff=experts.shared_d_ff), self.layers) if experts.shared_d_ff else None
-        return ExpertMlp(self.spec, experts, shared, self.loss_gradient, self.layers.experts)
+        return ExpertMlp(self.spec, experts, shared, self.loss_gradient, self.layers)
 
     def reset_parameters(self, seed: int = 0, std: float = 0.02) -> None:
         """Normal weights, unit norms, zero biases: the same values in every process for the same ``seed``."""

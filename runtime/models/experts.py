@@ -16,15 +16,15 @@ from estimator.job.model import ModelSpec
 from runtime import functional
 from runtime.models.grouped import grouped_linear
 from runtime.models.routing import LossGradient, combine, dispatch, plan_of, route
-from runtime.parallel.experts import WholeExperts
+from runtime.parallel.layers import WholeLayers
 
 
 class ExpertMlps(nn.Module):
     """The experts of one layer that this rank holds, gated MLPs, each projection's weights in one tensor ``[E, out, in]``."""
 
-    def __init__(self, spec: ModelSpec, experts: Experts, ranks: WholeExperts) -> None:
+    def __init__(self, spec: ModelSpec, experts: Experts, layers: WholeLayers) -> None:
         super().__init__()
-        n, d, f = experts.n_experts // ranks.size, spec.d_model, experts.d_ff
+        n, d, f = experts.n_experts // layers.experts.size, spec.d_model, layers.share(experts.d_ff)
         self.gate = nn.Parameter(torch.empty(n, f, d).normal_(std=0.02))
         self.up = nn.Parameter(torch.empty(n, f, d).normal_(std=0.02))
         self.down = nn.Parameter(torch.empty(n, d, f).normal_(std=0.02))
@@ -33,7 +33,7 @@ class ExpertMlps(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(n, d)) if experts.bias else None
         self.activation = spec.activation
         for param in self.parameters():
-            param.part = ranks.split(experts.n_experts)  # type: ignore[attr-defined]
+            param.part = layers.experts.split(experts.n_experts)  # type: ignore[attr-defined]
 
     def forward(self, rows: Tensor, bounds: Sequence[int] | None) -> Tensor:
         """``rows`` ``[N, D]`` expert by expert, as ``grouped_linear`` takes them, and what these make of them."""
@@ -55,13 +55,13 @@ class ExpertMlp(nn.Module):
         experts: Experts,
         shared: nn.Module | None,
         loss_gradient: LossGradient,
-        ranks: WholeExperts,
+        layers: WholeLayers,
     ) -> None:
-        """``shared``: the MLP that every token passes through, if there is one; ``ranks``: who shares the experts."""
+        """``shared``: the MLP that every token passes through, if there is one; ``layers``: how ranks share experts."""
         super().__init__()
-        self.spec, self.ranks = experts, ranks
+        self.spec, self.layers = experts, layers
         self.router = nn.Linear(spec.d_model, experts.n_experts, bias=experts.router_bias)
-        self.experts = ExpertMlps(spec, experts, ranks)
+        self.experts = ExpertMlps(spec, experts, layers)
         self.shared = shared
         self.shared_gate = nn.Linear(spec.d_model, 1, bias=False) if experts.shared_gate else None
         self.loss_gradient = loss_gradient
@@ -76,12 +76,14 @@ class ExpertMlp(nn.Module):
         return self._routed(h) + self.shared(h) * self.shared_gate(h).sigmoid()
 
     def _routed(self, h: Tensor) -> Tensor:
-        tokens = h.flatten(0, 1)
-        weights, chosen = route(self.router(tokens), self.spec, self.selection_bias, self.loss_gradient)
+        layers, ranks = self.layers, self.layers.experts
+        logits = layers.enter(self.router(h))
+        weights, chosen = route(logits, self.spec, self.selection_bias, self.loss_gradient, layers.size)
+        del logits
         plan = plan_of(chosen, self.spec)
-        rows = dispatch(tokens, plan)
-        trip = self.ranks.trip(plan, self.spec)
-        rows = self.ranks.to_experts(rows, trip)
+        rows = dispatch(layers.enter(h), plan)
+        trip = ranks.trip(plan, self.spec)
+        rows = ranks.to_experts(rows, trip)
         rows = self.experts(rows, trip.bounds)
-        rows = self.ranks.to_tokens(rows, trip)
-        return combine(rows, weights, plan).view_as(h)
+        rows = ranks.to_tokens(rows, trip)
+        return layers.leave(combine(rows, weights, plan), h)

@@ -6,6 +6,7 @@ Shapes: N slots, E experts, I and O widths of what goes in and comes out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from runtime.kernels import loader
 from runtime.models.routing import empty_slots
+from runtime.parallel.late import add_gradient, later
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, bounds: Sequence[int] | None) -> Tensor:
@@ -41,7 +43,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: Sequence[int] | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bounds, ctx.has_bias = bounds, bias is not None
+        ctx.bounds, ctx.weight, ctx.bias = bounds, weight, bias
         n_experts = len(weight)
         out = empty_slots(x, weight.shape[1], len(x), bounds is not None)
         if bounds is None:
@@ -59,24 +61,47 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (grad_y,), bounds, n_experts = grads, ctx.bounds, len(weight)
-        grad_x, grad_weight = empty_slots(x, x.shape[1], len(x), bounds is not None), torch.empty_like(weight)
-        grad_bias = torch.empty_like(weight[:, :, 0]) if ctx.has_bias else None
+        grad_x = empty_slots(x, x.shape[1], len(x), bounds is not None)
         if bounds is None:
-            of_experts = _even(grad_y, n_experts)
-            torch.bmm(of_experts, weight, out=_even(grad_x, n_experts))
-            torch.bmm(of_experts.transpose(1, 2), _even(x, n_experts), out=grad_weight)
-            if grad_bias is not None:
-                torch.sum(of_experts, 1, out=grad_bias)
-            return grad_x, grad_weight, grad_bias, None
-        for expert, rows in _rows_of(bounds):
-            torch.mm(grad_y[rows], weight[expert], out=grad_x[rows])
-            torch.mm(grad_y[rows].t(), x[rows], out=grad_weight[expert])  # zeros where no token came
-            if grad_bias is not None:
-                torch.sum(grad_y[rows], 0, out=grad_bias[expert])
-        return grad_x, grad_weight, grad_bias, None
+            torch.bmm(_even(grad_y, n_experts), weight, out=_even(grad_x, n_experts))
+        else:
+            for expert, rows in _rows_of(bounds):
+                torch.mm(grad_y[rows], weight[expert], out=grad_x[rows])
+        if later(partial(_add_gradients, x, grad_y, ctx.weight, ctx.bias, bounds)):
+            return grad_x, None, None, None
+        return grad_x, *_gradients(x, grad_y, weight, ctx.bias, bounds), None
+
+
+def _gradients(
+    x: Tensor, grad_y: Tensor, weight: Tensor, bias: Tensor | None, bounds: Sequence[int] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Of ``weight`` and ``bias``."""
+    grad_weight, grad_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+    if bounds is None:
+        of_experts = _even(grad_y, len(weight))
+        torch.bmm(of_experts.transpose(1, 2), _even(x, len(weight)), out=grad_weight)
+        if grad_bias is not None:
+            torch.sum(of_experts, 1, out=grad_bias)
+        return grad_weight, grad_bias
+    for expert, rows in _rows_of(bounds):
+        torch.mm(grad_y[rows].t(), x[rows], out=grad_weight[expert])  # zeros where no token came
+        if grad_bias is not None:
+            torch.sum(grad_y[rows], 0, out=grad_bias[expert])
+    return grad_weight, grad_bias
+
+
+@torch.no_grad()
+def _add_gradients(
+    x: Tensor, grad_y: Tensor, weight: Tensor, bias: Tensor | None, bounds: Sequence[int] | None
+) -> None:  # fmt: skip
+    """What a backward pass has put off."""
+    grad_weight, grad_bias = _gradients(x, grad_y, weight, bias, bounds)
+    add_gradient(weight, grad_weight)
+    if bias is not None and grad_bias is not None:
+        add_gradient(bias, grad_bias)
 
 
 _linear = loader.outside_compile(_Linear.apply)

@@ -18,14 +18,28 @@ from estimator.job.model import ModelSpec
 from runtime import functional
 from runtime.kernels import loader
 from runtime.models.norms import RmsNorm
+from runtime.parallel.layers import WholeLayers
+
+
+class LatentCore(nn.Module):
+    """From queries, keys and values to what they attend to; a module because it can be recomputed alone."""
+
+    def __init__(self, layers: WholeLayers) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.layers.context.attention(q, k, v)
 
 
 class LatentSelfAttention(nn.Module):
     """Causal self-attention over a latent vector of keys and values."""
 
-    def __init__(self, spec: ModelSpec, latent: LatentAttention) -> None:
+    def __init__(self, spec: ModelSpec, latent: LatentAttention, layers: WholeLayers) -> None:
+        """``layers``: how ranks share it. What is narrow each computes of the tokens that it has."""
         super().__init__()
-        d, heads, eps = spec.d_model, spec.n_heads, spec.norm_eps
+        self.layers = layers
+        d, heads, eps = spec.d_model, layers.share(spec.n_heads), spec.norm_eps
         if latent.q_rank:
             self.q_a = nn.Linear(d, latent.q_rank, bias=latent.bias)
             self.q_a_norm = RmsNorm(latent.q_rank, eps)
@@ -35,24 +49,29 @@ class LatentSelfAttention(nn.Module):
         self.kv_a = nn.Linear(d, latent.kv_rank + latent.rope_head_dim, bias=latent.bias)
         self.kv_a_norm = RmsNorm(latent.kv_rank, eps)
         self.kv_b = nn.Linear(latent.kv_rank, heads * (latent.nope_head_dim + latent.value_head_dim), bias=False)
+        self.core = LatentCore(layers)
         self.out = nn.Linear(heads * latent.value_head_dim, d, bias=spec.attn_out_bias)
         self.latent = latent
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        shape = self.latent
-        q = self.q_b(self.q_a_norm(self.q_a(h))) if shape.q_rank else self.q(h)
-        q = functional.rotate(q.unflatten(-1, (-1, shape.head_dim)), cos, sin)
+        shape, layers = self.latent, self.layers
+        if shape.q_rank:
+            (q,) = layers.columns(self.q_a_norm(self.q_a(h)), [(self.q_b.weight, None)])
+        else:
+            (q,) = layers.columns(h, [(self.q.weight, None)])
+        q = functional.rotate(layers.heads(q, shape.head_dim), cos, sin)
         k, v = self._keys_and_values(h, cos, sin)
-        out = functional.attention(q, k, v)
+        out = self.core(q, k, v)
         del q, k, v
-        return self.out(out[..., : shape.value_head_dim].flatten(2))
+        return layers.row(out[..., : shape.value_head_dim].flatten(2), self.out.weight, self.out.bias)
 
     def _keys_and_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        latent = self.latent
+        latent, layers = self.latent, self.layers
         narrow, positions = split_latent(self.kv_a(h), latent.kv_rank)
-        positions = functional.rotate(positions.unsqueeze(2), cos, sin)
-        kv = self.kv_b(self.kv_a_norm(narrow))
-        return join_keys(positions, kv.unflatten(-1, (-1, latent.nope_head_dim + latent.value_head_dim)), latent)
+        positions = layers.enter(positions).view(-1, cos.shape[0], 1, latent.rope_head_dim)
+        positions = functional.rotate(positions, cos, sin)
+        (kv,) = layers.columns(self.kv_a_norm(narrow), [(self.kv_b.weight, None)])
+        return join_keys(positions, layers.heads(kv, latent.nope_head_dim + latent.value_head_dim), latent)
 
 
 def split_latent(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -52,14 +52,16 @@ class _Noted(torch.autograd.Function):
 
 
 def route(
-    logits: Tensor, experts: Experts, selection_bias: Tensor | None = None, loss_gradient: LossGradient | None = None
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, experts: Experts, selection_bias: Tensor | None = None, loss_gradient: LossGradient | None = None,
+    n_alike: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights ``[T, K]`` (``logits``' dtype) and numbers ``[T, K]`` (int64) of the experts that each token chooses.
 
     ``logits`` ``[T, E]``, ``selection_bias`` ``[E]``. Scores are computed in fp32. Where several are equal, which one is chosen
-    is torch's affair. ``loss_gradient`` is needed where ``experts.balance_loss`` is.
+    is torch's affair. ``loss_gradient`` is needed where ``experts.balance_loss`` is. ``n_alike`` ranks route the same tokens, and their
+    gradients will be summed.
     """
-    return _routed(logits, experts, selection_bias, loss_gradient)
+    return _routed(logits, experts, selection_bias, loss_gradient, n_alike)
 
 
 def scores_of(logits: Tensor, experts: Experts) -> Tensor:
@@ -95,8 +97,9 @@ def loads_of(chosen: Tensor, n_experts: int) -> Tensor:
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, experts: Experts, selection_bias: Tensor | None, loss_gradient: LossGradient | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, logits: Tensor, experts: Experts, selection_bias: Tensor | None, loss_gradient: LossGradient | None,
+        n_alike: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         scores = scores_of(logits, experts)
         chosen = choose(scores, experts, selection_bias)
         weights = scores.gather(-1, chosen)
@@ -104,14 +107,14 @@ class _Routed(torch.autograd.Function):
             weights /= weights.sum(-1, keepdim=True).add_(_TINY)
         weights = weights.mul_(experts.scale).to(logits.dtype)
         ctx.save_for_backward(scores, chosen)
-        ctx.experts, ctx.loss_gradient, ctx.dtype = experts, loss_gradient, logits.dtype
+        ctx.experts, ctx.loss_gradient, ctx.dtype, ctx.n_alike = experts, loss_gradient, logits.dtype, n_alike
         ctx.mark_non_differentiable(chosen)
         ctx.set_materialize_grads(False)
         return weights, chosen
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         scores, chosen = ctx.saved_tensors
         experts: Experts = ctx.experts
         grad_scores = torch.zeros_like(scores)
@@ -123,12 +126,12 @@ class _Routed(torch.autograd.Function):
                 grad = (grad - (grad * picked).sum(-1, keepdim=True) / total) / total
             grad_scores.scatter_(-1, chosen, grad)
         if experts.balance_loss:
-            _add_balance_gradient(grad_scores, scores, chosen, experts, ctx.loss_gradient)
+            _add_balance_gradient(grad_scores, scores, chosen, experts, ctx.loss_gradient, ctx.n_alike)
         if experts.scoring == "softmax":
             grad_logits = torch._softmax_backward_data(grad_scores, scores, -1, torch.float32)
         else:
             grad_logits = torch.ops.aten.sigmoid_backward(grad_scores, scores)
-        return grad_logits.to(ctx.dtype), None, None, None
+        return grad_logits.to(ctx.dtype), None, None, None, None
 
 
 _TINY = 1e-20
@@ -136,13 +139,13 @@ _TINY = 1e-20
 
 
 def _add_balance_gradient(
-    grad_scores: Tensor, scores: Tensor, chosen: Tensor, experts: Experts, loss_gradient: LossGradient | None
-) -> None:
+    grad_scores: Tensor, scores: Tensor, chosen: Tensor, experts: Experts, loss_gradient: LossGradient | None, n_alike: int
+) -> None:  # fmt: skip
     """Of ``balance_loss * E * sum over e of f_e P_e`` (Fedus et al. 2022, equations 4 to 6): f_e is the share of choices that
     falls on an expert, a constant, P_e the mean over tokens of its share of a token's scores."""
     assert loss_gradient is not None and loss_gradient.value is not None, "no loss has been noted"
     n_tokens, n_experts = scores.shape
-    factor = loss_gradient.value.float() * (experts.balance_loss * n_experts / max(1, n_tokens))
+    factor = loss_gradient.value.float() * (experts.balance_loss * n_experts / max(1, n_tokens) / n_alike)
     loads = loads_of(chosen, n_experts).mul_(factor)
     if experts.scoring == "softmax":
         grad_scores += loads

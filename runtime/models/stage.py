@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from estimator.errors import InputError
 from estimator.job.job import Job
 from estimator.job.model import ModelSpec
 from estimator.job.strategy import Strategy
@@ -39,15 +38,11 @@ class DecoderStage(nn.Module):
         """Of every micro-batch, ``[micro_batch_size, seq_len, D]`` passes from stage to stage in the strategy's dtype, or what
         this rank has of it where others share its ``layers``."""
         super().__init__()
-        if strategy.pp_schedule == "zero_bubble":
-            raise InputError(
-                "pp_schedule is 'zero_bubble', which is only forecast: the runtime does not split backward passes; "
-                "allowed: gpipe, 1f1b, interleaved_1f1b"
-            )
         held = stage_units(spec, strategy, rank)
         with torch.device(device):
             whole = Decoder(untied(spec), seq_len, layers)
         self.spec, self.seq_len, self.layers = spec, whole.seq_len, whole.layers
+        self.loss_gradient = whole.loss_gradient
         self.batch_shape = (micro_batch_size, whole.seq_len)
         self.boundary_shape = (*self.layers.begin(self.batch_shape), spec.d_model)
         n_bytes = math.prod(self.boundary_shape) * DTYPE_BYTES[strategy.dtype]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from runtime.kernels.blockwise8 import Blockwise8
+from runtime.kernels.optimizer import State
 from runtime.optimizer import Shard
 from runtime.storage import GroupStorage
 
@@ -18,10 +20,17 @@ def whole_shard(storage: GroupStorage) -> Shard:
     return Shard(
         master=storage.master,
         grads=storage.step_grads,
-        states=[tensors[b.role] for b in storage.buffers.optimizer_states],
+        states=[_state(tensors[b.role], storage.master.numel()) for b in storage.buffers.optimizer_states],
         target=storage.step_params if "master" in tensors and tensors["master"].dtype != storage.dtype else None,
         temp=tensors.get("update_temp"),
     )
+
+
+def _state(buffer: Tensor, numel: int) -> State:
+    """A state of ``numel`` elements; of 8-bit ones codes come first, then their blocks' magnitudes."""
+    if buffer.dtype != torch.uint8:
+        return buffer
+    return Blockwise8(buffer[:numel], buffer[numel:].view(torch.float32))
 
 
 def device_part(storage: GroupStorage) -> Shard:

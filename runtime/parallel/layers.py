@@ -50,14 +50,11 @@ class WholeLayers(Waiting):
 
     def fill(self, name: str, param: Tensor, split: Split | None, values: Fill) -> None:
         """Write this rank's part of the values of parameter ``name`` into ``param``; ``values`` writes all of them."""
-        if split is None:
-            values(name, param)
-        else:
-            fill_part(name, param, split, self.sharers(split), values)
+        fill_part(name, param, split, self.sharers, values)
 
     def join(self, own: Tensor, split: Split | None) -> Tensor:
         """All of a parameter of which this rank holds ``own``. A collective call."""
-        return own if split is None else join_parts(own, split, self.sharers(split))
+        return join_parts(own, split, self.sharers)
 
     def sharers(self, split: Split) -> Sharers:
         """The ranks that share a parameter as ``split`` says."""
@@ -84,6 +81,15 @@ class WholeLayers(Waiting):
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The projection of heads or channels back to the residual stream."""
         return F.linear(x, weight, bias)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """All tokens of the micro-batch ``[T, width]`` of ``x``, which is as the residual stream is."""
+        return x.flatten(0, 1)
+
+    def leave(self, y: Tensor, like: Tensor) -> Tensor:
+        """As the residual stream ``like`` holds it, what the ranks that share a layer make together of all tokens: ``y`` ``[T, D]``
+        is this rank's part."""
+        return y.view_as(like)
 
     def heads(self, x: Tensor, head_dim: int) -> Tensor:
         """``[B, S, H, head_dim]`` of a result of ``columns``."""

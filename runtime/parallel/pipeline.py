@@ -8,7 +8,7 @@ anything but what still needs them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +101,7 @@ class PipelineRun:
         self._engine, self._model, self._stage = engine, model, model.stage
         self._executor = engine.executor
         self.order = self._stage.order(engine.strategy, engine.n_micro_batches)
+        self._late = engine.leave_weights() if engine.strategy.pp_schedule == "zero_bubble" else None
         dtype = TORCH_DTYPES[engine.strategy.dtype]
         self._peers = self._executor.peers = Peers(engine.comm, model.boundary_shape, dtype, engine.device)
         self._anchor = torch.zeros((), dtype=dtype, device=engine.device, requires_grad=True)
@@ -112,13 +113,17 @@ class PipelineRun:
     def run(self, batches: Sequence[Any]) -> list[Tensor]:
         """All passes of a step over ``batches``, one of ids and labels for each micro-batch. Losses, where the last stage is."""
         self._executor.begin(self._events)
+        self._model.loss_gradient.value = self._engine.loss_gradient()
         losses: list[Tensor] = []
         parts = self._executor.parts
         for action in self.order:
             part = "forward" if action.direction == "forward" else "backward"
             with parts.part(part):
                 if action.direction == "forward":
-                    losses += self._forward(action, *batches[action.micro_batch])
+                    with self._late.linears() if self._late is not None else nullcontext():
+                        losses += self._forward(action, *batches[action.micro_batch])
+                elif action.direction == "weight_grad":
+                    self._make_late(action)
                 else:
                     self._backward(action)
         self._executor.finish()
@@ -191,11 +196,19 @@ class PipelineRun:
             start = self._engine.weighed(start)
         else:
             grad_of_output.append(peers.take("gradients"))
-        start.backward()
+        key = (action.chunk, action.micro_batch)
+        with self._late.collect(key) if self._late is not None else nullcontext():
+            start.backward()
         del start
         if self._stage.sends(action) is not None:
             peers.outgoing = grad_of_input.pop()
         executor.advance()
+
+    def _make_late(self, action: Action) -> None:
+        assert self._late is not None
+        self._executor.advance()
+        self._late.make((action.chunk, action.micro_batch), self._stage.chunks[action.chunk])
+        self._executor.advance()
 
 
 def flat(program: StepProgram) -> Section:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from estimator.job.mesh import Span
-from estimator.sharding.units import Split
+from estimator.sharding.units import Split, splits_of
 from runtime.comm import Communicator
 
 
@@ -23,21 +23,31 @@ class Sharers(Protocol):
 
 @torch.no_grad()
 def fill_part(
-    name: str, param: Tensor, split: Split, ranks: Sharers, values: Callable[[str, Tensor], None]
+    name: str, param: Tensor, split: Split | None, sharers: Callable[[Split], Sharers], values: Callable[[str, Tensor], None]
 ) -> None:  # fmt: skip
     """Write this rank's part of the values of parameter ``name`` into ``param``, zeros where there is nothing; ``values`` writes
     all of them."""
-    whole_shape = (*param.shape[: split.dim], split.size, *param.shape[split.dim + 1 :])
-    whole = torch.empty(whole_shape, dtype=param.dtype, device=param.device)
-    values(name, whole)
-    n = param.shape[split.dim]
-    own = whole.narrow(split.dim, ranks.place * n, min(n, split.size - ranks.place * n))
-    param.zero_().narrow(split.dim, 0, own.shape[split.dim]).copy_(own)
+    if split is None:
+        values(name, param)
+        return
+    parts, wholes = list(splits_of(split)), [param.shape]
+    for part in reversed(parts):
+        shape = wholes[-1]
+        wholes.append(torch.Size((*shape[: part.dim], part.size, *shape[part.dim + 1 :])))
+    own = torch.empty(wholes.pop(), dtype=param.dtype, device=param.device)
+    values(name, own)
+    for part, shape in zip(parts, reversed(wholes), strict=True):
+        n, place = shape[part.dim], sharers(part).place
+        own = own.narrow(part.dim, min(place * n, part.size), max(0, min(n, part.size - place * n)))
+    param.zero_()[tuple(slice(n) for n in own.shape)].copy_(own)
 
 
-def join_parts(own: Tensor, split: Split, ranks: Sharers) -> Tensor:
+def join_parts(own: Tensor, split: Split | None, sharers: Callable[[Split], Sharers]) -> Tensor:
     """All of a parameter of which this rank holds ``own``. A collective call."""
-    size = ranks.span.size
-    parts = torch.empty(size * own.numel(), dtype=own.dtype, device=own.device)
-    ranks.comm.gather_now(parts, own.reshape(-1), ranks.span)
-    return torch.cat(parts.view(size, *own.shape).unbind(0), split.dim).narrow(split.dim, 0, split.size)
+    for part in reversed(list(splits_of(split))):
+        ranks = sharers(part)
+        size = ranks.span.size
+        parts = torch.empty(size * own.numel(), dtype=own.dtype, device=own.device)
+        ranks.comm.gather_now(parts, own.reshape(-1).contiguous(), ranks.span)
+        own = torch.cat(parts.view(size, *own.shape).unbind(0), part.dim).narrow(part.dim, 0, part.size)
+    return own

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from estimator.sharding.tensor import SPLIT_DIM, share
+from estimator.sharding.tensor import SPLIT_DIM, share, split_of
 from estimator.sharding.units import Split, Unit
 from runtime.comm import Communicator
 from runtime.context import managed_memory
 from runtime.parallel.context import WholeContext
+from runtime.parallel.experts import WholeExperts
+from runtime.parallel.late import add_gradient, later
 from runtime.parallel.layers import Weights, WholeLayers
 from runtime.parallel.split import Sharers
 from runtime.parallel.started import started
@@ -32,8 +35,10 @@ from runtime.recompute import summands
 class TensorParallel(WholeLayers):
     """The layers of one of the ranks that share them."""
 
-    def __init__(self, comm: Communicator, *, sequence: bool, context: WholeContext | None = None) -> None:
-        super().__init__(context)
+    def __init__(
+        self, comm: Communicator, *, sequence: bool, context: WholeContext | None = None, experts: WholeExperts | None = None
+    ) -> None:  # fmt: skip
+        super().__init__(context, experts)
         self.comm, self.sequence = comm, sequence
         self.span = comm.mesh.span("tp")
         self.size, self.place = self.span.size, self.span.place(comm.rank)
@@ -48,9 +53,8 @@ class TensorParallel(WholeLayers):
         for unit in units:
             for param in unit.params:
                 if param.name in SPLIT_DIM:
-                    dim = SPLIT_DIM[param.name]
                     held = model.get_parameter(f"{unit.name}.{param.name}")
-                    held.part = Split(dim, param.shape[dim])  # type: ignore[attr-defined]
+                    held.part = split_of(param.name, param.shape, self.size, self.experts.size)  # type: ignore[attr-defined]
 
     def sharers(self, split: Split) -> Sharers:
         return self if split.axis == "tp" else super().sharers(split)
@@ -79,6 +83,12 @@ class TensorParallel(WholeLayers):
             partial = F.linear(x.reshape(-1, x.shape[-1]), weight)
         out = _ToStream.apply(partial, bias, self)
         return out if self.sequence else out.view(*self.tokens, -1)  # type: ignore[no-any-return]
+
+    def enter(self, x: Tensor) -> Tensor:
+        return _FromStream.apply(x, self)  # type: ignore[no-any-return]
+
+    def leave(self, y: Tensor, like: Tensor) -> Tensor:
+        return _ToStream.apply(y, None, self).view_as(like)  # type: ignore[no-any-return]
 
     def heads(self, x: Tensor, head_dim: int) -> Tensor:
         return x.view(*self.tokens, -1, head_dim)
@@ -139,7 +149,7 @@ class _Columns(torch.autograd.Function):
             for w, b in zip(weights, biases, strict=True)
         )
         ctx.save_for_backward(x, *weights)
-        ctx.tensor, ctx.has_bias = tensor, [b is not None for b in biases]
+        ctx.tensor, ctx.weights, ctx.biases = tensor, weights, biases
         lead = tensor.tokens
         return tuple(y.view(*lead, -1) for y in outputs)
 
@@ -148,16 +158,33 @@ class _Columns(torch.autograd.Function):
         tensor: TensorParallel = ctx.tensor
         x, *weights = ctx.saved_tensors
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        full, gathering = tensor.gather(x) if tensor.sequence else (x.reshape(-1, x.shape[-1]), None)
+        is_late = later(partial(_add_gradients, tensor, x, flat, ctx.weights, ctx.biases))
+        gathers = tensor.sequence and not is_late
+        full, gathering = tensor.gather(x) if gathers else (x.reshape(-1, x.shape[-1]), None)
         grad_full = torch.mm(flat[0], weights[0])
         for grad, weight in zip(flat[1:], weights[1:], strict=True):
             torch.addmm(grad_full, grad, weight, out=grad_full)
         tensor.wait(gathering)
         grad_x, work = tensor.scatter_sum(grad_full) if tensor.sequence else (grad_full, tensor.sum(grad_full))
-        grad_weights = [grad.t() @ full for grad in flat]
-        grad_biases = [grad.sum(0) if has else None for grad, has in zip(flat, ctx.has_bias, strict=True)]
+        none: list[Tensor | None] = [None] * len(flat)
+        grad_weights = none if is_late else [grad.t() @ full for grad in flat]
+        grad_biases = (
+            none if is_late else [None if b is None else grad.sum(0) for grad, b in zip(flat, ctx.biases, strict=True)]
+        )
         tensor.wait(work)
         return grad_x.view(x.shape), None, *grad_weights, *grad_biases
+
+
+@torch.no_grad()
+def _add_gradients(
+    tensor: TensorParallel, x: Tensor, grads: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """What ``_Columns`` has put off."""
+    full = tensor.from_stream(x)
+    for grad, weight, bias in zip(grads, weights, biases, strict=True):
+        add_gradient(weight, grad.t() @ full)
+        if bias is not None:
+            add_gradient(bias, grad.sum(0))
 
 
 class _ToStream(torch.autograd.Function):
@@ -178,6 +205,19 @@ class _ToStream(torch.autograd.Function):
         grad = grads[0]
         full = ctx.tensor.from_stream(grad)
         return full, grad.sum(0) if ctx.has_bias else None, None
+
+
+class _FromStream(torch.autograd.Function):
+    """``[rows, width]`` of what the residual stream holds; ranks' gradients of it are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tensor: TensorParallel) -> Tensor:
+        ctx.tensor, ctx.shape = tensor, x.shape
+        return tensor.from_stream(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.tensor.to_stream(grads[0].contiguous()).view(ctx.shape), None  # nobody else has the gradient
 
 
 class _SummedGradient(torch.autograd.Function):

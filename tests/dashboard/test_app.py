@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 import dashboard
+from estimator.job import Job
 from estimator.job.options import JobOptions, build_job
+from estimator.memory.allocator_settings import AllocatorSettings
 from estimator.predict import predict
 from estimator.report import StepReport
+from estimator.time.profile import HardwareProfile
 from estimator.units import format_bytes, format_seconds
+from estimator.views.memory import memory_over_step
+from estimator.views.step import view_step
+from estimator.views.waterfall import waterfall
+from estimator.views.words import peak_words, time_words
 from validator.store.database import Store
 
 pytest.importorskip("streamlit")
@@ -21,6 +29,11 @@ PAGE = str(Path(dashboard.__file__).with_name("app.py"))
 DEFAULTS = JobOptions(
     model="llama-3-8b", gpu="h100-sxm", gpus=8, gpus_per_node=8, zero=3, seq_len=4096, micro_batch=1, global_batch=8
 )
+
+
+def forecast_of(job: Job, profile: HardwareProfile | None = None) -> StepReport:
+    """As the page forecasts: with the allocator."""
+    return predict(job, profile, allocator=AllocatorSettings())
 
 
 def page(monkeypatch: pytest.MonkeyPatch, *args: str) -> AppTest:
@@ -40,13 +53,27 @@ def sentences(app: AppTest) -> list[str]:
 def test_first_page_shows_what_predict_says(monkeypatch) -> None:
     app = page(monkeypatch)
     assert not sentences(app)
-    report = predict(build_job(DEFAULTS))
+    report = forecast_of(build_job(DEFAULTS))
     shown = metrics(app)
     assert shown["Needs per GPU"] == format_bytes(report.device_used_bytes)
     assert shown["Step"] == format_seconds(report.step_s)
     assert shown["Tokens per second"] == f"{report.tokens_per_s:,.0f}"
     assert shown["MFU"] == f"{report.mfu:.1%}"
     assert shown["Fits"] == ("yes" if report.fits else "no")
+
+
+def test_first_page_says_why(monkeypatch) -> None:
+    app = page(monkeypatch)
+    assert not sentences(app)
+    view = view_step(build_job(DEFAULTS), allocator=AllocatorSettings())
+    captions = [caption.value for caption in app.caption]
+    for words in (peak_words(view, memory_over_step(view)), time_words(view, waterfall(view))):
+        assert " ".join(words) in captions
+    charts = [json.loads(chart.proto.spec) for chart in app.get("vega_lite_chart")]
+    titles = {
+        layer["encoding"].get(axis, {}).get("title") for c in charts for layer in c["layer"] for axis in ("x", "y")
+    }
+    assert {"ms into the step", "ms of one step", "GiB on one GPU"} <= titles
 
 
 def test_changing_the_strategy_changes_the_figures(monkeypatch) -> None:
@@ -58,7 +85,7 @@ def test_changing_the_strategy_changes_the_figures(monkeypatch) -> None:
     assert not sentences(app)
     from dataclasses import replace
 
-    report = predict(build_job(replace(DEFAULTS, recompute="full", offload="optimizer")))
+    report = forecast_of(build_job(replace(DEFAULTS, recompute="full", offload="optimizer")))
     assert metrics(app)["Needs per GPU"] == format_bytes(report.device_used_bytes) != before["Needs per GPU"]
 
 
@@ -111,9 +138,10 @@ def recorded(tmp_path: Path, **changes) -> Path:
     """A store with one run that is the forecast itself with ``changes``."""
     from dataclasses import replace
 
-    forecast = predict(build_job(DEFAULTS))
+    forecast = forecast_of(build_job(DEFAULTS))
     path = tmp_path / "runs.db"
-    Store(path).add(replace(forecast, origin="cuda", notes=(), **changes))
+    counted = {"peak_allocated_bytes": forecast.allocator_bytes, **changes}  # what torch counts on a GPU
+    Store(path).add(replace(forecast, origin="cuda", notes=(), **counted))
     return path
 
 

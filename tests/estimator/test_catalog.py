@@ -25,12 +25,16 @@ MODELS = {
 MATRIX_FLOP_PER_CLOCK_PER_SM = {
     "volta": 1024,
     "ampere": 2048,
+    "cdna2": 1024,
+    "cdna4": 4096,
     "ada": 1024,
     "hopper": 4096,
     "blackwell": 8192,
     "cdna3": 2048,
 }
-"""Dense 16-bit FLOP of one SM (or CU) per clock; consumer Ada runs at half rate when it accumulates in fp32."""
+"""Dense 16-bit FLOP of one SM (or CU) per clock."""
+SLOWER = {"rtx-4090": 2, "rtx-3090": 4, "a10g": 4, "rtx-5090": 16, "h20": 4}
+"""Consumer chips and their kin accumulate in fp32 at a part of that rate; H20 is capped."""
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -58,7 +62,7 @@ def test_peaks_are_dense(name: str) -> None:
     """A sparse figure would need twice the clock: 16-bit peak / (SMs x FLOP per clock) must be a real clock rate."""
     gpu = catalog.gpu(name)
     peaks = gpu.peak_flops
-    rate = MATRIX_FLOP_PER_CLOCK_PER_SM[gpu.arch] / (2 if name == "rtx-4090" else 1)
+    rate = MATRIX_FLOP_PER_CLOCK_PER_SM[gpu.arch] / SLOWER.get(name, 1)
     assert 1.2e9 < peaks["fp16"] / (gpu.n_sms * rate) < 2.6e9
     order = [peaks[dtype] for dtype in ("fp32", "tf32", "bf16", "fp8") if dtype in peaks]
     assert order == sorted(order)
@@ -182,3 +186,37 @@ def test_import_is_light() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_gpus_have_a_rated_power() -> None:
+    assert catalog.gpu("h100-sxm").tdp_watts == 700 and catalog.gpu("h100-96").tdp_watts == 500
+    assert all(50 < catalog.gpu(name).tdp_watts < 2000 for name in GPUS)
+
+
+@pytest.mark.parametrize("name", catalog.machine_names())
+def test_machine_types(name: str) -> None:
+    machine = catalog.machine_type(name)
+    assert machine.gpu in GPUS and machine.source and machine.date.startswith("20")
+    assert set(machine.unsourced) <= {"network_bytes_per_s", "n_nics", "host_cores", "host_memory_bytes", "nvme_bytes"}
+    if machine.usd_per_hour is not None:
+        assert machine.price_date and machine.price_region and machine.price_source.startswith("https://")
+        assert machine.usd_per_gpu_hour is not None and 0.3 < machine.usd_per_gpu_hour < 20
+    if machine.network_bytes_per_s_per_gpu is not None:
+        assert 1e8 < machine.network_bytes_per_s_per_gpu <= 1.125e11
+
+
+def test_machine_types_by_name() -> None:
+    p5 = catalog.machine_type("AWS_p5.48xlarge")
+    assert (p5.gpu, p5.n_gpus, p5.usd_per_gpu_hour, p5.network_bytes_per_s_per_gpu) == ("h100-sxm", 8, 6.88, 50e9)
+    assert "lambda-gpu-1x-gh200" in catalog.machine_names("gh200")
+    with pytest.raises(InputError, match=r"did you mean 'aws-p5\.48xlarge'"):
+        catalog.machine_type("aws-p5.48xlarg")
+
+
+def test_clusters_of_machine_types() -> None:
+    p4d = catalog.cluster("aws-p4d.24xlarge", 16)
+    assert (p4d.gpu.name, p4d.gpus_per_node, p4d.internode_bytes_per_s, p4d.host.n_cores) == ("a100-40", 8, 6.25e9, 48)
+    assert catalog.cluster("aws-p4d.24xlarge", 16, internode_gbps=100).internode_bytes_per_s == 12.5e9
+    tray = catalog.cluster("azure-nd128isr-gb200-v6", 16)
+    assert (tray.gpus_per_node, tray.n_nodes) == (72, 1), "trays of a rack stay one NVLink domain"
+    assert tray.host.memory_bytes == 4 * 966_367_641_600

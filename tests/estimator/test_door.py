@@ -356,3 +356,24 @@ def test_options_are_the_flags_of_the_issue() -> None:
     names = {field.name for field in dataclasses.fields(JobOptions)}
     assert {"model", "gpu", "gpus", "gpus_per_node", "zero", "offload", "recompute", "dtype", "tp", "pp", "cp", "ep", "seq_len",
             "micro_batch", "global_batch"} <= names  # fmt: skip
+
+
+def test_the_network_of_a_job() -> None:
+    assert build_job(flags()).cluster.network.is_plain
+    job = build_job(flags(gpu="h100-sxm", gpus=64, nodes_per_leaf=4, oversubscription=2.0, rail_optimized=True))
+    assert (job.cluster.network.nodes_per_leaf, job.cluster.network.oversubscription) == (4, 2.0)
+    assert job_from_dict(json.loads(json.dumps(job_to_dict(job)))) == job
+    assert job.key == build_job(flags(gpu="h100-sxm", gpus=64)).key, (
+        "figures of the network are no part of a job's identity"
+    )
+    table = {
+        "model": {"name": "llama-3-8b"},
+        "cluster": {"gpu": "gb200", "gpus": 72, "gpus_per_node": 4, "network": {"nvlink_domain": 72}},
+    }
+    assert job_from_dict(table).cluster.gpus_per_domain == 72
+    for wrong, word in (
+        ({"oversubscription": 0.5}, "from 1 to 1000"), ({"oversubscription": 2.0}, "without nodes_per_leaf"),
+        ({"nvlink_domain": 12}, "multiple of gpus_per_node"), ({"nodes_per_leaf": -1}, "nodes_per_leaf is -1"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=word):
+            build_job(flags(gpu="h100-sxm", gpus=64, **wrong))

@@ -156,7 +156,6 @@ def test_fields_in_files_and_keys() -> None:
         (tiny.LLAMA, {"ep": 2}, "ep is 2, but tiny-llama has no experts"),
         (QWEN_MOE, {"ep": 4}, "ep is 4; allowed: a divisor of the 6 experts of tiny-qwen-moe"),
         (MIXTRAL, {"ep": 8}, "ep is 8; allowed: a divisor of the"),
-        (MIXTRAL, {"ep": 2, "tp": 2}, "tp is 2, but tiny-mixtral has experts"),
         (MIXTRAL, {"ep": 2, "expert_imbalance": 3}, "a number from 1"),
         (MIXTRAL, {"ep": 2, "expert_imbalance": 0.5}, "a number from 1"),
         (spec(1.0), {"ep": 2, "expert_imbalance": 1.5}, "expert_imbalance is 1.5 with capacity_factor 1.0"),

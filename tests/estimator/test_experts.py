@@ -21,7 +21,7 @@ from estimator.ops.liveness import unit_cost
 from estimator.predict import flops_of, lay_out, memory_of, predict
 from estimator.sharding.units import count_params, model_units
 from tests.runtime import tiny
-from tests.runtime.experts import ALL, DEEPSEEK_V3, MIXTRAL
+from tests.runtime.experts import ALL, BIASED, DEEPSEEK_V3, MIXTRAL
 
 TOKENS, D, F = 32, 32, 44
 SHAPE = Shape(2, 16, "bf16", False)
@@ -205,12 +205,14 @@ def test_job_files_refuse(model: str, experts: str, words: str, tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("axis", ["tp", "cp", "pp"])
-def test_axes_that_do_not_share_experts_yet(axis: str) -> None:
-    with pytest.raises(InputError, match=f"{axis} is 2, but tiny-mixtral has experts"):
-        tiny.job(MIXTRAL, Strategy(**{axis: 2}), world=2)
+def test_the_axis_that_does_not_share_experts_yet() -> None:
+    with pytest.raises(InputError, match="cp is 2, but tiny-mixtral has experts"):
+        tiny.job(MIXTRAL, Strategy(cp=2), world=2)
 
 
-def test_latent_attention_and_tensor_parallelism() -> None:
-    with pytest.raises(InputError, match="tp is 2, but tiny-deepseek-v3 has latent attention"):
-        tiny.job(replace(DEEPSEEK_V3, experts=None), Strategy(tp=2), world=2)
+def test_what_tensor_parallel_ranks_do_not_share() -> None:
+    with pytest.raises(InputError, match="tp is 2, but the experts of tiny-biased-experts have biases"):
+        tiny.job(BIASED, Strategy(tp=2), world=2)
+    with pytest.raises(InputError, match=r"tp is 4; allowed: a divisor of experts.d_ff = 22 of tiny-mixtral"):
+        uneven = replace(MIXTRAL, n_kv_heads=4, experts=replace(MIXTRAL.experts, d_ff=22))
+        tiny.job(uneven, Strategy(tp=4), world=4)

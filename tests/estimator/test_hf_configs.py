@@ -12,6 +12,7 @@ from estimator.job.encoder import Encoder
 from estimator.job.experts import Experts
 from estimator.job.hf import FAMILIES, load_config, spec_from_config
 from estimator.job.latent import LatentAttention
+from estimator.job.patches import Patches
 from estimator.sharding.units import count_params, model_units
 
 DATA = Path(__file__).parents[1] / "data"
@@ -146,6 +147,21 @@ def test_models_with_an_encoder_are_read() -> None:
     assert bart.position_rows == 34 and bart.encoder == Encoder(n_layers=2)
 
 
+VIT = {"model_type": "vit", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+
+
+def test_vision_transformers_are_read() -> None:
+    """224 x 224 pixels in patches of 16: 14 x 14, and the class's token."""
+    usual = spec_from_config({**VIT, "id2label": {"0": "cat", "1": "dog", "2": "neither"}})
+    assert usual.patches == Patches(image_size=224, patch_size=16) and usual.encoder == Encoder()
+    assert (usual.position_rows, usual.max_positions, usual.vocab_size) == (197, 197, 3)
+    assert usual.pre_norm and usual.qkv_bias and usual.head_bias and not usual.tied_embeddings
+    assert spec_from_config({**VIT, "qkv_bias": False}).attn_out_bias, "of queries, keys and values alone"
+    assert "config.image_size is [224, 192]; allowed: one number" in refusal({**VIT, "image_size": [224, 192]})
+    assert "at most image_size = 8" in refusal({**VIT, "image_size": 8})
+    assert "ViTForImageClassification, the encoder with its classifier" in refusal({**VIT, "architectures": ["ViTModel"]})
+
+
 def test_opt_350m_norms_come_last() -> None:
     config = {"model_type": "opt", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "ffn_dim": 4096,
               "word_embed_proj_dim": 512, "do_layer_norm_before": False, "vocab_size": 50272,
@@ -190,7 +206,7 @@ def test_windows() -> None:
         ({"model_type": "newseq", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "albert"}, "encoder without a causal decoder"),
         ({"model_type": "newbert", "architectures": ["NewBertForMaskedLM"]}, "encoder without a causal decoder"),
-        ({"model_type": "vit", "image_size": 224}, "vision tower"),
+        ({"model_type": "deit", "image_size": 224}, "vision tower"),
         ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "vision tower"),
         ({"model_type": "falcon"}, "one shared norm"),
         ({"model_type": "mamba"}, "state-space"),

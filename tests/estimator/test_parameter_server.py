@@ -118,7 +118,7 @@ def test_a_servers_link_carries_what_every_other_rank_pushes() -> None:
     assert link is not None
     rate = link.ring_efficiency * made.cluster.gpu.link_bytes_per_s
     for n_servers in (1, 2, 8):
-        assert timer.through_servers(64 * GIB, n_servers) == pytest.approx(7 * 64 * GIB / n_servers / rate, rel=0.01)
+        assert timer.through_servers(64 * GIB, n_servers) == pytest.approx(7 * 64 * GIB / n_servers / rate, rel=0.03)
     assert timer.through_servers(GIB, 8) == timer.seconds("all_to_all", GIB)
 
 

@@ -243,7 +243,11 @@ def test_stages_meet_for_the_gradient_norm_and_for_tied_embeddings() -> None:
         ({"pp_layers": (1, 2)}, "pp_layers adds up to 3; allowed: to the 4 blocks"),
         ({"pp": 1, "pp_layers": (4,)}, "pp_layers is \\(4,\\) with pp 1"),
         ({"pp": 8}, "pp \\* virtual_pp is 8 \\* 1 = 8; allowed: at most the 4 blocks"),
-        ({"grad_compression": "one_bit"}, "pp is 2 with grad_compression 'one_bit'"),
+        (
+            {"grad_compression": "one_bit", "compression_warmup_steps": 4, "grad_clip": 0.0},
+            "pp is 2 with compression_warmup_steps 4",
+        ),
+        ({"recompute": "full", "activation_offload": True}, "pp is 2 with activation_offload True"),
         ({"offload": "optimizer", "delayed_update": True}, "pp is 2 with offload 'optimizer delayed'"),
         ({"pp_schedule": "zero_bubble", "zero_stage": 2}, "pp_schedule is 'zero_bubble' with zero 2"),
         (

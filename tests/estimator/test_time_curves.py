@@ -88,9 +88,11 @@ def test_attention_stays_below_the_peak_and_backward_is_slower(gpu: Gpu) -> None
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda g: g.name)
-def test_every_gpu_of_the_catalogue_has_curves_of_its_own_architecture(gpu: Gpu) -> None:
-    profile, _ = profile_for(gpu)
-    assert profile.arch == gpu.arch
+def test_every_gpu_of_the_catalogue_has_curves_of_its_own_architecture_or_says_whose(gpu: Gpu) -> None:
+    profile, notes = profile_for(gpu)
+    borrows = gpu.name in ("rtx-3090", "a10g", "rtx-5090", "mi250x", "mi355x")
+    assert (profile.arch != gpu.arch) == borrows
+    assert not borrows or "has no profile" in notes[0]
     for point in (*profile.matmul, *profile.attention, *profile.collectives, *profile.bandwidth, *profile.copies):
         assert profile.sources[point.source].startswith("https://"), point
     assert profile.chip is not None and profile.link is not None

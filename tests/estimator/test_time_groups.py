@@ -37,9 +37,9 @@ def test_an_all_to_all_takes_what_leaves_the_node_over_one_link() -> None:
     timer, link = over(None), profile_for(job().cluster.gpu)[0].link
     assert link is not None
     seconds = 56 / 64 * 64 * GIB / (link.inter_efficiency * job().cluster.internode_bytes_per_s)
-    assert timer.seconds("all_to_all", 64 * GIB) == pytest.approx(seconds, rel=0.01)
+    assert timer.seconds("all_to_all", 64 * GIB) == pytest.approx(seconds, rel=0.03)
     inside = 7 / 8 * 64 * GIB / (link.ring_efficiency * job().cluster.gpu.link_bytes_per_s)
-    assert over(Span(8)).seconds("all_to_all", 64 * GIB) == pytest.approx(inside, rel=0.01)
+    assert over(Span(8)).seconds("all_to_all", 64 * GIB) == pytest.approx(inside, rel=0.03)
 
 
 def test_an_all_to_all_that_was_not_measured_takes_an_all_gathers_time() -> None:

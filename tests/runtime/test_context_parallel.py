@@ -215,7 +215,6 @@ def test_a_ring_between_nodes_waits_for_its_slowest_link() -> None:
         ({"cp": 16, "cp_kind": "ring"}, "seq_len is 16 with cp_kind 'ring'; allowed: a multiple of 2 * cp = 32, the nearest is 32"),
         ({"cp": 2, "cp_kind": "ring", "dtype": "fp32"}, "cp_kind is 'ring' with dtype 'fp32'"),
         ({"cp": 2, "cp_kind": "rings"}, "cp_kind is 'rings'; allowed: ring, ulysses; did you mean 'ring'?"),
-        ({"cp": 2, "pp": 2}, "cp is 2 with pp 2; allowed: one of the two"),
         ({"cp": 3}, "tp * pp * cp is 1 * 1 * 3 = 3; allowed: a divisor of gpus = 16"),
     ],
 )  # fmt: skip

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.timeout(1200)
 QUICK = [
     case("llama", 4, 2, 4, pp=2),
     case("gpt", 3, 2, 3, pp=2, pp_schedule="gpipe", grad_clip=0.5),
+    case("llama", 4, 2, 4, pp=2, pp_schedule="zero_bubble"),
 ]
 SLOW = [
     case("llama", 5, 2, 4, pp=2, virtual_pp=2, recompute="full"),
@@ -54,6 +55,10 @@ SLOW = [
     case("gpt", 2, 4, 4, pp=2, zero_stage=2, offload="optimizer"),
     case("llama", 2, 4, 4, pp=2, zero_stage=3, offload="optimizer,param"),
     case("qwen3", 4, 4, 1, pp=4, zero_stage=1),
+    case("llama", 6, 4, 6, pp=4, pp_schedule="zero_bubble"),
+    case("gpt", 3, 4, 4, pp=2, pp_schedule="zero_bubble", zero_stage=1, grad_clip=0.5, recompute="full"),
+    case("gpt", 3, 2, 3, pp=2, pp_schedule="zero_bubble", offload="optimizer", recompute="selective"),
+    case("qwen3", 3, 2, 5, pp=2, pp_schedule="zero_bubble", recompute="activation,norms"),
 ]
 
 
@@ -125,6 +130,30 @@ def test_live_bytes_of_every_stage(args: tuple) -> None:
         assert traffic_of(blueprint.program)[:2] == (got.collective_bytes, got.collective_calls)
 
 
+LATE = [
+    (model, recompute, more)
+    for model, recompute, more in zip(
+        [*WIDE, *WIDE], ("none", "full", "selective", "activation,norms", "attention,mlp", "none"),
+        ({}, {"zero_stage": 1}, {"kernels_off": ("all",)}, {"tp": 2, "sequence_parallel": False}, {"tp": 2}, {"dtype": "fp32"}),
+        strict=False,
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("args", LATE, ids=lambda a: "-".join(map(str, a)))
+@pytest.mark.parametrize("pp", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_live_bytes_where_gradients_of_weights_come_later(args: tuple, pp: int) -> None:
+    """What linear layers hold until then, and no more."""
+    model, recompute, more = args
+    fields = {"pp": pp, "pp_schedule": "zero_bubble", "recompute": recompute, "bucket_bytes": 300_000, **more}
+    spec = replace(WIDE[model], n_layers=pp * 2 + 1, n_kv_heads=max(2, WIDE[model].n_kv_heads))
+    job = tiny.job(spec, Strategy(**fields), world=4 * pp, n_micro_batches=2 * pp, micro_batch=4, seq_len=64)
+    for place in range(pp):
+        got, blueprint = metered(job, 4 * place + 1), lay_out(job, place)
+        compare(got, memory_of(blueprint))
+        assert traffic_of(blueprint.program, blueprint.costs)[:2] == (got.collective_bytes, got.collective_calls)
+
+
 def test_offloaded_states_of_a_stage() -> None:
     for offload in ("optimizer", "optimizer,param"):
         strategy = Strategy(pp=2, zero_stage=2, offload=offload, dtype="bf16")  # type: ignore[arg-type]
@@ -151,6 +180,10 @@ def test_fake_equals_cpu_to_the_byte_and_a_session_trains_as_plain_pytorch(tmp_p
         tiny.job(replace(tiny.GPT, n_layers=3), Strategy(pp=2, dtype="fp32", zero_stage=1), world=2, n_micro_batches=3, arch="cpu"),
         tiny.job(
             replace(tiny.LLAMA, n_layers=4), Strategy(pp=2, dtype="fp32", virtual_pp=2, pp_schedule="interleaved_1f1b"),
+            world=2, n_micro_batches=4, arch="cpu",
+        ),
+        tiny.job(
+            replace(tiny.LLAMA, n_layers=4), Strategy(pp=2, dtype="fp32", pp_schedule="zero_bubble", recompute="full"),
             world=2, n_micro_batches=4, arch="cpu",
         ),
     ]  # fmt: skip
@@ -209,8 +242,6 @@ def test_what_is_refused() -> None:
             engine.train_step([(None, None)] * 2)
     finally:
         dist.destroy_process_group()
-    with pytest.raises(InputError, match="zero_bubble"):
-        DecoderStage(tiny.LLAMA, Strategy(pp=2, pp_schedule="zero_bubble"), 0, micro_batch_size=1)
 
 
 @pytest.mark.parametrize("pp", [2, 3, 4, 5])

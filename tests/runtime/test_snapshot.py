@@ -101,7 +101,7 @@ class FakeAllocator:
     """What ``AllocatorHistory`` asks of ``torch.cuda``; memory is handed out by the test."""
 
     def __init__(self) -> None:
-        self.count, self.trace, self.recording = 5, [], False
+        self.count, self.trace, self.recording, self.options = 5, [], False, {}
         self.segments = [segment(0, MIB, (0, 512, "active_allocated")), {**segment(0, MIB), "device": 1}]
         self.memory = SimpleNamespace(_record_memory_history=self.record, _snapshot=self.snapshot)
 
@@ -110,7 +110,8 @@ class FakeAllocator:
         self.recording = enabled == "all"
 
     def snapshot(self) -> dict[str, Any]:
-        return {"segments": self.segments, "device_traces": [self.trace, [alloc(0, 77)]]}
+        traces = [self.trace, [alloc(0, 77)]]
+        return {"segments": self.segments, "device_traces": traces, "allocator_settings": self.options}
 
     def synchronize(self) -> None:
         pass
@@ -142,6 +143,22 @@ def test_history_joins_the_ledgers_blocks() -> None:
     assert history.attribution()["category_bytes_at_peak"] == {
         "params": 512, "activations": 1024, "workspace": 64, "fragmentation": MIB - 1600,
     }  # fmt: skip
+
+
+def test_the_simulator_is_held_against_what_was_recorded() -> None:
+    cuda = FakeAllocator()
+    cuda.segments = []
+    history = AllocatorHistory(cuda)
+    with history:
+        cuda.trace.append({"action": "segment_alloc", "addr": 4 * MIB, "size": 2 * MIB, "stream": 0})
+        cuda.alloc(4 * MIB, 1000)
+        cuda.alloc(4 * MIB + 1024, 10)
+    got = history.attribution()["simulated"]
+    assert (got["first_difference"], got["n_equal"], got["n_segment_events"], got["n_moved"]) == (None, 1, 1, 0)
+    cuda.options = {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}
+    with history:
+        pass
+    assert "backend" in history.attribution()["simulated"]["refused"]
 
 
 def test_recording_ends_when_the_step_fails() -> None:

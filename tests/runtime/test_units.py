@@ -45,3 +45,29 @@ def test_what_the_decoder_lacks_is_said(change: dict, word: str) -> None:
 
     with pytest.raises(InputError, match=word):
         Decoder(replace(tiny.GPT, **change))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+
+class _Stack(nn.Module):
+    """As Hugging Face models have theirs: inside a module of its own."""
+
+    def __init__(self, n_blocks: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(3, 2)
+        self.blocks = nn.ModuleList(_Block() for _ in range(n_blocks))
+
+
+@pytest.mark.parametrize(
+    ("n_blocks", "names"), [(1, ["model", "head"]), (2, ["model.embed", "model.blocks.0", "model.blocks.1", "head"])]
+)
+def test_a_list_of_blocks_is_found_in_a_child(n_blocks: int, names: list[str]) -> None:
+    model = nn.Module()
+    model.model, model.head = _Stack(n_blocks), nn.Linear(2, 3)
+    assert [found.unit.name for found in find_units(model)] == names
+    model.model.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    assert [found.unit.name for found in find_units(model)] == ["model", "head"]

@@ -237,3 +237,23 @@ def test_a_report_without_its_job_cannot_be_predicted(make_report):
 def test_predict_for_predicts_the_recorded_job(make_report):
     prediction = predict_for(make_report())
     assert prediction.origin == "predicted" and prediction.job_key == make_report().job_key
+    assert prediction.peak_reserved_bytes is None  # on a CPU
+
+
+def test_what_ran_on_a_gpu_is_predicted_as_its_allocator_counts() -> None:
+    from estimator.job.files import job_to_dict
+    from estimator.job.options import JobOptions, build_job
+    from estimator.predict import predict
+
+    job = build_job(JobOptions(model="gpt2", gpu="h100-sxm", gpus=8, seq_len=128))
+    plain = predict(job)
+    real, virtual = (
+        predict_for(StepReport(origin=origin, job_key=job.key, job=job_to_dict(job)))  # type: ignore[arg-type]
+        for origin in ("cuda", "cuda-virtual")
+    )
+    assert real.peak_allocated_bytes and plain.peak_allocated_bytes and real.peak_reserved_bytes
+    # rounding, and a workspace of 32 MiB
+    assert real.peak_allocated_bytes == real.allocator_bytes > plain.peak_allocated_bytes
+    assert real.device_used_bytes and virtual.device_used_bytes
+    assert real.device_used_bytes - virtual.device_used_bytes == real.category_bytes_at_peak["comm_buffers"]
+    assert "comm_buffers" not in virtual.category_bytes_at_peak

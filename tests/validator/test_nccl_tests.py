@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from estimator import catalog
 from estimator.errors import InputError
-from estimator.time.profile import CollectivePoint, HardwareProfile
+from estimator.time.collectives import placement, ways
+from estimator.time.network import CollectiveTimer
+from estimator.time.profile import CollectivePoint, HardwareProfile, LinkModel, profile_for
 from estimator.time.profile_file import load_profile, save_profile
 from validator.calibrate.nccl_tests import import_nccl_tests, parse, read_nccl_tests, require_same_gpu
 
@@ -177,3 +181,48 @@ def test_another_gpus_output_is_refused(tmp_path: Path) -> None:
     require_same_gpu(read_nccl_tests([unknown]), "a100-80")
     with pytest.raises(InputError, match="of 'NVIDIA Z900', the profile of 'cpu'"):
         require_same_gpu(read_nccl_tests([unknown]), "cpu")
+
+
+def log_of(link: LinkModel, op: str, n_ranks: int, per_node: int) -> str:
+    """What nccl-tests would print of ``op`` on H100s whose collectives follow ``link``."""
+    cluster, place = catalog.cluster("h100-sxm", 8), placement(n_ranks, per_node)
+    factor = (2 if op == "all_reduce" else 1) * (n_ranks - 1) / n_ranks
+    redop = "none" if op == "all_gather" else "sum"
+    rows = ""
+    for n_bytes in (1 << k for k in range(12, 34, 2)):
+        seconds = min(way.seconds for way in ways(op, n_bytes, place, cluster, link))  # type: ignore[arg-type]
+        rate = n_bytes / seconds / 1e9
+        line = f"{seconds * 1e6:10.2f} {rate:8.2f} {rate * factor:8.2f} 0 "
+        rows += f"{n_bytes:12d} {n_bytes // 4:12d} float {redop} -1 {line} {line}\n"
+    return ranks(n_ranks, per_node, "NVIDIA H100 80GB HBM3") + NEW_HEADER + rows + FOOTER
+
+
+def test_a_network_is_fitted_where_there_is_no_profile(tmp_path: Path) -> None:
+    """A cluster with a slow network and a long floor, from 8 and 16 ranks: forecasts of 64 ranks follow."""
+    shipped = profile_for(catalog.gpu("h100-sxm"))[0]
+    assert shipped.link is not None
+    real = replace(shipped.link, launch_s=35e-6, ring_efficiency=0.7, inter_efficiency=0.5, inter_floor_s=120e-6)
+    files = [
+        write(tmp_path, f"{op}_{n}.txt", log_of(real, op, n, 8)) for op in ("all_gather", "all_reduce") for n in (8, 16)
+    ]
+    profile = import_nccl_tests(tmp_path / "cluster.json", files)
+    assert load_profile(tmp_path / "cluster.json").link == profile.link and profile.gpu == catalog.gpu("h100-sxm")
+    assert profile.link is not None and profile.link.inter_efficiency == pytest.approx(0.5, rel=0.1)
+    assert any(note.startswith("collectives follow 44 points of nccl-tests, 0%") for note in profile.notes), (
+        profile.notes
+    )
+    cluster = catalog.cluster("h100-sxm", 64)
+    served, _ = profile_for(cluster.gpu, profile)
+    for n_bytes in (1 << 20, 1 << 28, 1 << 32):
+        took = [
+            CollectiveTimer(cluster, replace(shipped, link=link), 64, 8).seconds("all_gather", n_bytes)
+            for link in (served.link, real, shipped.link)
+        ]
+        assert took[0] == pytest.approx(took[1], rel=0.1) and took[0] > 1.2 * took[2]
+
+
+def test_a_gpu_that_the_output_does_not_tell_must_be_given(tmp_path: Path) -> None:
+    path = write(tmp_path, "all_gather.txt", ranks(2, gpu="NVIDIA Z900"), NEW_HEADER, GATHER_ROWS, FOOTER)
+    with pytest.raises(InputError, match="'NVIDIA Z900' does not tell it"):
+        import_nccl_tests(tmp_path / "none.json", [path])
+    assert import_nccl_tests(tmp_path / "z.json", [path], "b200").name == "b200-fitted"

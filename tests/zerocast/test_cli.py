@@ -55,9 +55,10 @@ def test_job_flags_are_the_same_everywhere() -> None:
 
     assert flags("predict") == flags("plan") == flags("measure")
     assert flags("predict") == [
-        "--model", "--gpu", "--gpus", "--gpus-per-node", "--zero", "--offload", "--offload-fraction",
+        "--model", "--gpu", "--gpus", "--gpus-per-node", "--internode-gbps", "--nvlink-domain", "--nodes-per-leaf", "--oversubscription",
+        "--rail-optimized", "--in-network-reduction", "--hierarchical", "--zero", "--offload", "--offload-fraction",
         "--delayed-update", "--recompute", "--recompute-every", "--activation-offload", "--dtype", "--grad-dtype",
-        "--master-dtype", "--state-dtype", "--persistent-numel", "--framework", "--compile", "--attention", "--matmul-dtype",
+        "--master-dtype", "--state-dtype", "--optimizer", "--persistent-numel", "--framework", "--overlap-comm", "--prefetch-numel", "--live-numel", "--compile", "--compile-loss", "--attention", "--matmul-dtype",
         "--kernels-off", "--shard-size",
         "--quantized-weights", "--secondary-shard", "--quantized-grads", "--grad-compression",
         "--compression-warmup-steps", "--sparse-embeddings", "--tp", "--sequence-parallel", "--pp", "--pp-schedule",

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from estimator.job import Job
 from estimator.job.options import JobOptions, build_job
+from estimator.memory.allocator_settings import AllocatorSettings
 from estimator.plan import PlanQuestion, plan
 from estimator.predict import predict
 from estimator.report import CATEGORIES, TIME_PARTS, StepReport
@@ -39,12 +41,17 @@ def as_data(report: StepReport) -> dict:
     return json.loads(json.dumps(report.to_dict()))
 
 
+def replayed(job: Job, conf: str = "") -> StepReport:
+    """What ``zerocast predict`` says of it."""
+    return predict(job, allocator=AllocatorSettings.parse(conf))
+
+
 def test_predict_json_is_the_report(zerocast) -> None:
     done = zerocast("predict", *FLAGS, "--zero", "3", "--json")
     assert done.code == 0 and done.err == ""
     data = json.loads(done.out)
     assert list(data) == [f.name for f in fields(StepReport)]
-    assert data == as_data(predict(build_job(OPTIONS)))
+    assert data == as_data(replayed(build_job(OPTIONS)))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +66,7 @@ def test_every_flag_reaches_the_job(zerocast, flag: str) -> None:
 
 def test_predict_shows_every_figure(zerocast) -> None:
     done = zerocast("predict", *FLAGS, "--zero", "3")
-    report = predict(build_job(OPTIONS))
+    report = replayed(build_job(OPTIONS))
     assert done.code == 0
     for text in (
         format_bytes(report.device_used_bytes), format_bytes(report.capacity_bytes), report.peak_where, report.explanation,
@@ -69,16 +76,28 @@ def test_predict_shows_every_figure(zerocast) -> None:
     assert format_bytes(sum(report.category_bytes_at_peak.values())) in done.out
 
 
+def test_the_allocators_options_reach_it(zerocast) -> None:
+    got = [
+        json.loads(zerocast("predict", *FLAGS, "--recompute", "full", "--json", *conf).out)
+        for conf in ((), ("--alloc-conf", "expandable_segments:True"))
+    ]
+    assert got[1] == as_data(replayed(build_job(replace(OPTIONS, recompute="full")), "expandable_segments:True"))
+    assert got[1]["peak_reserved_bytes"] < got[0]["peak_reserved_bytes"]
+    wrong = zerocast("predict", *FLAGS, "--alloc-conf", "expandable:True")
+    assert wrong.code == 2 and "did you mean 'expandable_segments'" in wrong.err
+    assert format_bytes(got[0]["peak_reserved_bytes"]) in zerocast("predict", *FLAGS, "--recompute", "full").out
+
+
 def test_predict_says_why_it_does_not_fit(zerocast) -> None:
     done = zerocast("predict", *FLAGS, "--zero", "0")
-    report = predict(build_job(replace(OPTIONS, zero=0)))
+    report = replayed(build_job(replace(OPTIONS, zero=0)))
     assert not report.fits and report.explanation in done.out
 
 
 def test_job_file_equals_flags(zerocast, tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
     file.write_text(JOB_FILE)
-    assert json.loads(zerocast("predict", "--job", file, "--json").out) == as_data(predict(build_job(FILE_OPTIONS)))
+    assert json.loads(zerocast("predict", "--job", file, "--json").out) == as_data(replayed(build_job(FILE_OPTIONS)))
 
 
 def test_a_hugging_face_config_is_a_model(zerocast, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ algorithm bandwidth is 2 (n - 1) / n for all-reduce, (n - 1) / n where parts tra
 
 from __future__ import annotations
 
+import datetime
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -15,8 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from estimator import catalog
 from estimator.errors import InputError
-from estimator.time.profile import CollectivePoint, HardwareProfile
+from estimator.time.fit import fit_link
+from estimator.time.profile import CollectivePoint, HardwareProfile, profile_for
 from estimator.time.profile_file import load_profile, save_profile
 from validator.devices import catalogue_name
 
@@ -162,11 +165,46 @@ def _merged(points: Sequence[CollectivePoint]) -> tuple[CollectivePoint, ...]:
     )
 
 
-def import_nccl_tests(path: str | Path, files: Iterable[str | Path]) -> HardwareProfile:
-    """Put the points of ``files`` into the profile at ``path``; returns what it is now. Raises ``InputError``."""
-    profile = with_nccl_tests(load_profile(path), read_nccl_tests(files))
+def import_nccl_tests(path: str | Path, files: Iterable[str | Path], gpu_name: str | None = None) -> HardwareProfile:
+    """Put the points of ``files`` into the profile at ``path``, or, where there is none, make one of the GPU's shipped curves with
+    link constants fitted to the points; returns what it is now. Raises ``InputError``."""
+    imported = read_nccl_tests(files)
+    if Path(path).exists():
+        profile = with_nccl_tests(load_profile(path), imported)
+    else:
+        profile = fitted_to_nccl_tests(imported, gpu_name)
     save_profile(profile, path)
     return profile
+
+
+def fitted_to_nccl_tests(imported: Imported, gpu_name: str | None = None) -> HardwareProfile:
+    """The shipped profile of the GPU on which ``imported`` was taken (``gpu_name``, where its own name tells nothing), with link
+    constants fitted to the points: forecasts of any size and number of ranks follow them. Raises ``InputError``."""
+    known = {name for name in map(catalogue_name, imported.gpus) if name}
+    if gpu_name is None and len(known) != 1:
+        seen = ", ".join(sorted(imported.gpus))
+        raise InputError(f"gpu is not given, and {seen!r} does not tell it; allowed: a GPU's name in the catalogue")
+    chip = catalog.gpu(gpu_name or next(iter(known)))
+    require_same_gpu(imported, chip.name)
+    shipped, notes = profile_for(chip)
+    assert shipped.link is not None
+    per_node = max(-(-p.group_size // p.n_nodes) for p in imported.points)
+    usual = catalog.cluster(chip.name, 1)
+    cluster = replace(usual, gpus_per_node=max(per_node, usual.gpus_per_node))
+    fit = fit_link(imported.points, cluster, shipped.link)
+    say = f"collectives follow {fit.n_points} points of nccl-tests, {100 * fit.median_error:.0f}% off in the median"
+    return replace(
+        shipped,
+        name=f"{chip.name}-fitted",
+        gpu=chip,
+        covers=(),
+        date=datetime.date.today().isoformat(),
+        link=replace(fit.link, derivation=f"fitted to {', '.join(sorted(imported.sources))}"),
+        collectives=imported.points,
+        sources={**shipped.sources, **imported.sources},
+        spread={**shipped.spread, "collective": fit.median_error},
+        notes=tuple(dict.fromkeys((*notes, say, *imported.notes))),
+    )
 
 
 # ---- one file -----------------------------------------------------------------------------------------------------

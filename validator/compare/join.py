@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from estimator.errors import InputError
@@ -102,12 +102,23 @@ def compare_pairs(pairs: Sequence[Pair], unpredicted: Iterable[str] = (), unmeas
 
 
 def predict_for(report: StepReport, profile: Any = None) -> StepReport:
-    """The prediction for the job of a measured ``report``. Raises ``InputError`` when the report carries no job."""
+    """The prediction for the job of a measured ``report``: of what ran on a GPU with its allocator simulated, whose bytes are then those
+    that torch counts, and of a virtual rank without the network's buffers. Raises ``InputError`` when the report carries no job."""
     if not report.job:
         raise InputError(f"the record of job {report.job_key} does not hold its job, so it cannot be predicted again")
+    from estimator.memory.allocator_settings import AllocatorSettings
     from estimator.predict import predict
 
-    return predict(job_from_dict(report.job), profile=profile, rank=report.rank)
+    on_gpu = report.origin in ("cuda", "cuda-virtual")
+    allocator = AllocatorSettings() if on_gpu else None
+    predicted = predict(job_from_dict(report.job), profile=profile, rank=report.rank, allocator=allocator)
+    if predicted.allocator_bytes is not None:
+        predicted = replace(predicted, peak_allocated_bytes=predicted.allocator_bytes)
+    at_peak = dict(predicted.category_bytes_at_peak)
+    if report.origin == "cuda-virtual" and (absent := at_peak.pop("comm_buffers", 0)):
+        used = (predicted.device_used_bytes or absent) - absent
+        predicted = replace(predicted, device_used_bytes=used, category_bytes_at_peak=at_peak)
+    return predicted
 
 
 def _rank_correlations(rows: Sequence[Row], settings: Mapping[str, Mapping[str, str]]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from estimator.errors import InputError
 from estimator.predict import predict
 from estimator.units import GIB
-from validator.published.expression import job_of
+from validator.published.expression import allocator_of, job_of
 from validator.published.runs import PublishedRun
 
 METRICS = ("step_time_s", "peak_mem_bytes", "fits")
@@ -24,7 +24,7 @@ class RunForecast(NamedTuple):
     step_time_low_s: float | None = None
     step_time_high_s: float | None = None
     peak_mem_bytes: int | None = None
-    """Allocated, of the rank that needs most."""
+    """Of the rank that needs most: reserved where that is what was published, else allocated."""
     fits: bool | None = None
     skipped: str | None = None
 
@@ -72,20 +72,21 @@ def evaluate(runs: Sequence[PublishedRun], on_run: Callable[[], None] = lambda: 
 
 def forecast(run: PublishedRun) -> RunForecast:
     """One run's forecast, or the reason why there is none."""
+    kind = run.text("peak_mem_kind")
     try:
-        report = predict(job_of(run))
+        report = predict(job_of(run), allocator=allocator_of(run) if kind == "reserved" else None)
     except InputError as error:
         return RunForecast(run.run_id, skipped=str(error))
-    kind = run.text("peak_mem_kind")
     skipped = None
-    if run.number("peak_mem_gib") is not None and kind != "allocated":
-        skipped = f"peak_mem_bytes: {kind or 'unknown'} memory is not forecast, allocated memory is"
+    if run.number("peak_mem_gib") is not None and kind not in ("allocated", "reserved"):
+        skipped = f"peak_mem_bytes: {kind or 'unknown'} memory; forecast: allocated, reserved"
+    memory = report.peak_reserved_bytes if kind == "reserved" else report.peak_allocated_bytes
     return RunForecast(
         run.run_id,
         report.step_s,
         report.step_low_s,
         report.step_high_s,
-        report.peak_allocated_bytes if skipped is None else None,
+        memory if skipped is None else None,
         report.fits,
         skipped,
     )

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     epilog="Example: zerocast calibrate --budget 60",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="What to measure.")
-@click.option("--gpu", "gpu_name", metavar="NAME", help="With cuda: the GPU's catalogue name, where it cannot be told.")
+@click.option(
+    "--gpu",
+    "gpu_name",
+    metavar="NAME",
+    help="With cuda or --import-only: the GPU's catalogue name, where it cannot be told.",
+)
 @click.option("--budget", type=float, metavar="SECONDS", help="About how long it takes [default: 60; with cuda 240].")
 @click.option("--effort", default="full", show_default=True, metavar="quick|full", help="How many sizes to measure.")
 @click.option("--workers", metavar="N,N", help="Processes at once, one round each [default: 1,2,4; on a GPU 1].")
@@ -30,7 +35,11 @@ if TYPE_CHECKING:
     "--nccl-tests", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
     help="Put in what all_reduce_perf and its sisters printed; may be given again.",
 )  # fmt: skip
-@click.option("--import-only", is_flag=True, help="Measure nothing: put --nccl-tests into the profile that is there.")
+@click.option(
+    "--import-only",
+    is_flag=True,
+    help="Measure nothing: put --nccl-tests into the profile that is there, or make one of shipped curves with a network fitted to them.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Profile to write; default: beside the store."
 )
@@ -50,13 +59,14 @@ def command(
     from zerocast.show import say, write_json
 
     gpu = local_gpu(gpu_name) if device == "cuda" else None
-    path = out or profiles_folder(store_path) / f"{gpu.name if gpu else 'cpu'}.json"
+    named = gpu.name if gpu else gpu_name if import_only and gpu_name else "cpu"
+    path = out or profiles_folder(store_path) / f"{named}.json"
     if import_only:
         from validator.calibrate import import_nccl_tests
 
         if not nccl_tests:
             raise InputError("--import-only is given without --nccl-tests FILE")
-        profile = import_nccl_tests(path, nccl_tests)
+        profile = import_nccl_tests(path, nccl_tests, gpu_name)
     else:
         profile = run_calibration(
             path, device=device, budget_s=budget, effort=effort, workers=_counts(workers), gpu=gpu, nvme=nvme,
