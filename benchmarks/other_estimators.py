@@ -70,7 +70,7 @@ def deepspeed(job: Job) -> float | None:
 
 
 def accelerate(job: Job, param_dtype: str) -> float:
-    """"Training using Adam" of ``accelerate estimate-memory`` (``commands/estimate.py``, 1.15.0, ``estimate_training_usage``): four
+    """The column "Training using Adam" of ``accelerate estimate-memory`` (``commands/estimate.py``, 1.15.0, ``estimate_training_usage``): four
     times the model in fp32, twice its fp32 size in 16 bits, which is four times the parameters' bytes either way.
 
     It counts one GPU without activations, whatever the batch and however many GPUs share the states.
@@ -87,7 +87,7 @@ def megatron(job: Job) -> float:
     the paper's equations are taken: (2) without sequence parallelism, (4) with scores kept, ``2 s b h`` with full recomputation.
     Written from memory of the source of 2024, where experts multiply the MLP and are not divided by ``ep``.
     """
-    m, st, (s, b, h, a, n_layers, _, t) = job.model, job.strategy, symbols(job)
+    m, st, (_, _, h, a, n_layers, _, t) = job.model, job.strategy, symbols(job)
     vocab = 128 * t * ceil(m.vocab_size / (128 * t))
     d_ff, n_experts = (m.d_ff, 1) if m.experts is None else (m.experts.d_ff, m.experts.n_experts)
     attention = (1 + m.n_kv_heads / a) * m.head_dim * a / h
@@ -99,14 +99,15 @@ def megatron(job: Job) -> float:
 
 
 def _megatron_activations(job: Job, d_ff: int, vocab: int) -> float:
-    st, (s, b, h, a, n_layers, _, t) = job.strategy, symbols(job)
+    st, (s, b, h, _, n_layers, _, t) = job.strategy, symbols(job)
+    layer: float
     if st.recompute == "full":
         layer = 2 * s * b * h * (t if not _splits_tokens(job) else 1)
     else:
         layer = s * b * h * (18 + 4 * d_ff / h + _scores(job))
         if not _splits_tokens(job):
             layer += 10 * s * b * h * (t - 1)
-    n_bytes = n_layers * layer + 8 * s * b * st.pp + s * b * h * st.pp
+    n_bytes: float = n_layers * layer + 8 * s * b * st.pp + s * b * h * st.pp
     if st.virtual_pp > 1:
         n_bytes *= 1 + (st.pp - 1) / (st.pp * st.virtual_pp)
     elif st.pp > 1:
@@ -127,7 +128,7 @@ def _scores(job: Job) -> float:
 
 
 def eleuther(job: Job) -> float:
-    """"Transformer Math 101" (https://blog.eleuther.ai/transformer-math, Anthony et al. 2023), which their calculator computes.
+    """The article "Transformer Math 101" (https://blog.eleuther.ai/transformer-math, Anthony et al. 2023), which their calculator computes.
 
     2 bytes per parameter of a 16-bit model, 12 of AdamW with fp32 copies, gradients in their own dtype; ZeRO divides states (1),
     gradients (2) and parameters (3) by the GPUs that share them; all three are divided by ``tp * pp``, too. (The article divides gradients by
@@ -155,14 +156,17 @@ def llm_analysis(job: Job) -> float:
     """
     m, st, (s, b, h, a, n_layers, v, t) = job.model, job.strategy, symbols(job)
     dp, stage = job.mesh.n_data, job.zero_stage
-    experts, top, d_ff = (1, 1, m.d_ff) if m.experts is None else (m.experts.n_experts, m.experts.per_token, m.experts.d_ff)
-    d_ff *= 1.5 if m.gated_mlp else 1
+    experts, top, d_ff = (
+        (1, 1, m.d_ff) if m.experts is None else (m.experts.n_experts, m.experts.per_token, m.experts.d_ff)
+    )
+    width = d_ff * (1.5 if m.gated_mlp else 1)
     attention = 2 * h * h + 2 * h * h * max(m.n_kv_heads, t) / a
-    mlp = 2 * h * d_ff * experts / st.ep
+    mlp = 2 * h * width * experts / st.ep
     router = h * experts if experts > 1 else 0
     share = dp / st.ep
     layer = {
-        "weights": 2 * ((attention + 2 * h) / (dp if stage == 3 else 1) + (mlp + router) / (share if stage == 3 else 1)),
+        "weights": 2
+        * ((attention + 2 * h) / (dp if stage == 3 else 1) + (mlp + router) / (share if stage == 3 else 1)),
         "states": 12 * ((attention + 2 * h + router) / (dp if stage else 1) + mlp / (share if stage else 1)),
         "grads": 4 * ((attention + 2 * h + router) / (dp if stage >= 2 else 1) + mlp / (share if stage >= 2 else 1)),
     }
@@ -175,7 +179,7 @@ def llm_analysis(job: Job) -> float:
     else:
         core = 0.0 if st.recompute != "none" else 2 * (2 * tokens * h + 4 * a * tokens) / t
         kept = 2 * tokens * h * (1 / split + 4 / t) + core + tokens * h / split
-        kept += 2 * tokens * h * (experts / st.ep) * top * (1 / split + 2 * d_ff / h / t) + 2 * 4 * tokens * h / split
+        kept += 2 * tokens * h * (experts / st.ep) * top * (1 / split + 2 * width / h / t) + 2 * 4 * tokens * h / split
     last_norm = 0.0 if st.recompute == "full" else 4 * tokens * h / split
     return model + n_layers * kept + 2 * v * tokens / t + last_norm
 

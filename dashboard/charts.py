@@ -125,17 +125,15 @@ def memory_area(rows: Sequence[Row], capacity_bytes: int | None) -> alt.LayerCha
     values = [
         {
             "ms": r["time_s"] * 1e3,
+            "low": r["below_bytes"] / GIB,
+            "high": (r["below_bytes"] + r["bytes"]) / GIB,
             "GiB": r["bytes"] / GIB,
             "category": r["label"],
-            "order": r["order"],
             "event": r["event"],
         }
         for r in rows
     ]
-    totals: dict[float, float] = {}
-    for v in values:
-        totals[v["ms"]] = totals.get(v["ms"], 0.0) + v["GiB"]
-    highest = max(totals.values(), default=1.0)
+    highest = max((v["high"] for v in values), default=1.0)
     capacity = (capacity_bytes or 0) / GIB
     near = 0 < capacity < 3 * highest
     scale = alt.Scale(domain=[0, max(highest, capacity if near else 0.0) * 1.05], nice=False)
@@ -145,11 +143,11 @@ def memory_area(rows: Sequence[Row], capacity_bytes: int | None) -> alt.LayerCha
         .mark_area(interpolate="step-after")
         .encode(
             x=alt.X("ms:Q", title="ms into the step", scale=alt.Scale(nice=False)),
-            y=alt.Y("GiB:Q", stack="zero", scale=scale, title="GiB on one GPU"),
+            y=alt.Y("high:Q", stack=None, scale=scale, title="GiB on one GPU"),
+            y2="low:Q",
             color=alt.Color(
                 "category:N", scale=colours, legend=alt.Legend(title=None, orient="bottom", columns=5, labelLimit=220)
             ),
-            order=alt.Order("order:Q"),
             tooltip=[alt.Tooltip("category:N"), alt.Tooltip("GiB:Q", format=".3f"), alt.Tooltip("event:N")],
         )
     )

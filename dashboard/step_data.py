@@ -43,22 +43,28 @@ def _bar(name: str, label: str, start_s: float, end_s: float, share: float) -> R
 
 
 def memory_over_step_rows(curve: MemoryCurve) -> list[Row]:
-    """A row for each sample and category, those that hold nothing then too. Of very many samples only the largest of every few."""
+    """A row for each sample and category, those that hold nothing then too, with the bytes of the categories before it."""
     categories = category_order(curve.samples)
-    return [
-        {
-            "time_s": sample.time_s, "category": name, "label": CATEGORY_LABELS[name], "bytes": sample.live.get(name, 0),
-            "order": order, "event": sample.event,
-        }
-        for sample in thinned(curve.samples)
-        for order, name in enumerate(categories)
-    ]  # fmt: skip
+    rows: list[Row] = []
+    for sample in thinned(curve.samples):
+        below = 0
+        for name in categories:
+            n_bytes = sample.live.get(name, 0)
+            rows.append(
+                {
+                    "time_s": sample.time_s, "category": name, "label": CATEGORY_LABELS[name], "bytes": n_bytes, "below_bytes": below,
+                    "event": sample.event,
+                }
+            )  # fmt: skip
+            below += n_bytes
+    return rows
 
 
 def thinned(samples: Sequence[MemorySample], most: int = MOST_SAMPLES) -> list[MemorySample]:
-    """At most about ``most`` samples: the largest of every few in a row, so that the peak stays; of one moment only the last and the largest."""
+    """At most ``most`` samples, and the last: the largest of every few in a row, so that the peak stays."""
     width = -(-len(samples) // most)
-    return [max(samples[i : i + width], key=lambda s: s.total_bytes) for i in range(0, len(samples), width)]
+    largest = [max(samples[i : i + width], key=lambda s: s.total_bytes) for i in range(0, len(samples), width)]
+    return largest if largest[-1] is samples[-1] else [*largest, samples[-1]]
 
 
 def pass_rows(curve: MemoryCurve) -> list[Row]:

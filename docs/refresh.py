@@ -2,7 +2,7 @@
 
 ``python docs/refresh.py`` rewrites forecasts; with ``--measured`` also the blocks marked ``<!-- measured $ ... -->``, which
 train on this machine. ``tests/test_readme.py`` fails when a forecast in the README is no longer what the command prints.
-``docs/accuracy.md`` is written anew from the committed records; ``tests/test_accuracy.py`` fails when it is stale.
+``docs/accuracy.md`` is written anew from the committed records and published runs; ``tests/test_accuracy.py`` fails when it is stale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 TREE = Path(__file__).resolve().parent.parent
 README = TREE / "README.md"
-ACCURACY = "zerocast compare --records validator/records --write docs/accuracy.md"
+ACCURACY = "zerocast accuracy --write docs/accuracy.md"
 BLOCK = re.compile(r"<!-- (?P<kind>measured )?\$ (?P<command>[^\n]+?) -->\n\n```\n(?P<output>.*?)```\n", re.DOTALL)
 
 

@@ -131,7 +131,9 @@ def _lay_out(job: Job, stages: range, is_server: bool = True) -> list[Blueprint]
         )
         if job.strategy.activation_offload:
             program = sized(program, costs)
-        return [Blueprint(layout=layout, program=program, costs=costs, tables=_tables(job, range(model.n_layers), layout))]
+        return [
+            Blueprint(layout=layout, program=program, costs=costs, tables=_tables(job, range(model.n_layers), layout))
+        ]
     boundary_bytes = shape.graph().stream_rows * model.d_model * DTYPE_BYTES[dtype]
     batch = Buffer("batch", -1, "activations", 8 * shape.rows * job.n_micro_batches)
     blueprints = []

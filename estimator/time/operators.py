@@ -33,9 +33,10 @@ TILE_HALF_INTENSITY = 16.0
 of operands takes as long as the arithmetic. Small tiles are slower by it: 64 x 64 reaches 0.79 of 256 x 128."""
 
 JOULES_PER_FLOP = 1.7e-12
-"""What a dense 16-bit multiply-add costs, per FLOP, at full clock: matrix products that run for long are throttled to the board's
-power, whose need grows with the cube of the clock (voltage follows it). Between A100 (300 W, 1.4e-12) and B200 (1 kW,
-2.2e-12), of which long runs of training shapes were published (SimuMax 1.1's efficiency tables, 0.76 and 0.50 of peak)."""
+"""What dense 16-bit arithmetic costs, per FLOP, at full clock: products that run for long are throttled to the board's power, whose
+need grows with the cube of the clock (voltage follows it). Published long runs say 1.4e-12 (A100 at 300 W) and 1.5e-12 (at 400 W),
+1.3e-12 and 1.6e-12 (fp8 of H100 and GB200, per half an FLOP), 2.2e-12 (B200): SimuMax 1.1's efficiency tables, and cublasLt in power-throttled steady state
+(Azure's AI benchmarking guide)."""
 
 COLD_EFFICIENCY = 0.86
 """Fraction of the dense peak of large products that nothing throttles: the best of the published A100 rows."""
@@ -72,7 +73,7 @@ class OperatorTimer:
         """Seconds in which the host issues ``op``; none on a CPU, where ``seconds`` includes them."""
         if self.is_cpu:
             return 0.0
-        return self.stack.host * op.launches * (self.host_op_s + (self.autograd_op_s if op.backward else 0.0))
+        return op.launches * (self.host_op_s + (self.autograd_op_s if op.backward else 0.0))
 
     def _time(self, op: Op) -> float:
         if op.flops <= 0 and op.n_bytes <= 0:

@@ -42,7 +42,6 @@ RANGES: dict[str, Range] = {
     "network": Range(0.3, 0.9, 1.0, 0.2, "rate over a lone collective's"),
     "contention": Range(0.0, 0.3, 1.0, 0.2, "seconds by which a second of collective beside it slows compute"),
     "overlapped": Range(0.0, 0.1, 0.95, 0.2, "share of collectives within layers, and of gathers of new parameters, that compute hides"),
-    "host": Range(1.0, 2.0, 8.0, 1.0, "host seconds of issuing an operator over those of a bare launch: modules, autograd, Python"),
     "straggling": Range(0.0, 0.003, 0.03, 0.003, "standard deviation of ranks' steps over their mean"),
     "step_s": Range(0.0, 0.01, 0.05, 0.01, "seconds of a step in which the framework runs nothing on the GPU"),
 }  # fmt: skip
@@ -62,7 +61,6 @@ class Stack:
     network: float = 1.0
     contention: float = 0.0
     overlapped: float = 0.0
-    host: float = 1.0
     straggling: float = 0.0
     step_s: float = 0.0
 

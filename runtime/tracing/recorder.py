@@ -23,6 +23,8 @@ _DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _NO_WORK = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "resize_", "set_", "_unsafe_view",
 }  # fmt: skip
+_LOOK_UPS = {"embedding", "gather", "index", "index_select"}
+"""They read of a table what they write."""
 _NORMS = ("norm", "group_norm", "layer_norm", "batch_norm")
 _LOSSES = ("_log_softmax", "nll_loss", "mse_loss", "binary_cross_entropy", "smooth_l1_loss", "huber_loss", "kl_div")
 _ONEDNN = (
@@ -104,14 +106,19 @@ def norm(name: str, tensors: Iterable[Tensor]) -> TracedOp:
 def _ops_of(func: Any, args: Any, kwargs: Any, out: Any, dtype: str) -> Iterable[TracedOp]:
     name = func._schema.name.partition("::")[2]
     results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given = {key: value for key, value in kwargs.items() if key != "out"}
+    inputs = [x for x in tree_leaves((args, given)) if isinstance(x, Tensor)]
     read = {x.untyped_storage()._cdata: x for x in inputs}
     is_view = not func._schema.is_mutable and all(x.untyped_storage()._cdata in read for x in results)
     if name == "mkldnn_rnn_layer":
         note_unknown(_ONEDNN)
     if name in _NO_WORK or is_view or not results:
         return
-    n_bytes = sum(map(_n_bytes, read.values())) + sum(map(_n_bytes, results))
+    written_bytes = sum(map(_n_bytes, results))
+    read_bytes = [_n_bytes(x) for x in read.values()]
+    if name in _LOOK_UPS and read_bytes:
+        read_bytes[0] = min(read_bytes[0], written_bytes)
+    n_bytes = sum(read_bytes) + written_bytes
     if name == "convolution":
         yield _convolution(name, inputs[0], inputs[1], results[0], args, n_bytes)
         return

@@ -49,13 +49,15 @@ def test_every_sample_has_a_row_for_each_category() -> None:
         (0.0, "params", 1), (0.0, "activations", 0), (0.002, "params", 1), (0.002, "activations", 3), (0.004, "params", 1),
         (0.004, "activations", 0),
     ]  # fmt: skip
-    assert [r["order"] for r in rows] == [0, 1] * 3
+    assert [r["below_bytes"] >> 30 for r in rows] == [0, 1] * 3
 
 
 def test_thinning_keeps_the_peak(view: StepView) -> None:
     curve = memory_over_step(view)
     few = thinned(curve.samples, 20)
-    assert len(few) <= 20 < len(curve.samples) and curve.peak.total_bytes == max(s.total_bytes for s in few)
+    assert len(few) <= 21 and few[-1] is curve.samples[-1] and len(curve.samples) > 100
+    assert few[0].total_bytes >= curve.samples[0].total_bytes
+    assert curve.peak.total_bytes == max(s.total_bytes for s in few)
     assert thinned(curve.samples, len(curve.samples)) == list(curve.samples)
 
 
@@ -100,7 +102,9 @@ def test_capacity_is_drawn_where_it_is_near(capacity: int | None, lines: int) ->
     chart = memory_area(memory_over_step_rows(CURVE), capacity and capacity * GIB).to_dict()
     assert len(chart["layer"]) == 1 + lines
     area = chart["layer"][0]
-    assert area["mark"]["interpolate"] == "step-after"
+    assert area["mark"]["interpolate"] == "step-after" and area["encoding"]["y"]["stack"] is None
+    values = chart["data"]["values"] if "data" in chart else area["data"]["values"]
+    assert [(v["low"], v["high"]) for v in values if v["ms"] == 2.0] == [(0.0, 1.0), (1.0, 4.0)]
     assert area["encoding"]["y"]["scale"]["domain"] == [0, pytest.approx(1.05 * (5 if lines else 4))]
 
 

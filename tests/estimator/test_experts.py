@@ -205,11 +205,6 @@ def test_job_files_refuse(model: str, experts: str, words: str, tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
-def test_the_axis_that_does_not_share_experts_yet() -> None:
-    with pytest.raises(InputError, match="cp is 2, but tiny-mixtral has experts"):
-        tiny.job(MIXTRAL, Strategy(cp=2), world=2)
-
-
 def test_what_tensor_parallel_ranks_do_not_share() -> None:
     with pytest.raises(InputError, match="tp is 2, but the experts of tiny-biased-experts have biases"):
         tiny.job(BIASED, Strategy(tp=2), world=2)

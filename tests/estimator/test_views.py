@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,7 @@ from estimator.views.trace import chrome_trace
 from estimator.views.waterfall import waterfall
 from estimator.views.words import peak_words, time_words
 
+TREE = Path(__file__).resolve().parents[2]
 BASE = JobOptions(model="gpt2", gpu="h100-sxm", gpus=8, seq_len=512)
 JOBS = {
     "zero 3": BASE,
@@ -148,6 +150,21 @@ def test_sentences_name_the_numbers(view: StepView) -> None:
     assert format_seconds(view.report.step_s) in words
     largest = max(live(view.report.category_bytes_at_peak).values())
     assert format_bytes(largest) in words
+
+
+def test_a_cpu_has_one_clock_and_its_views_add_up_too() -> None:
+    from estimator.time.profile_file import load_profile
+
+    profile = load_profile(next((TREE / "validator" / "records").glob("cpu*.profile.json")))
+    options = JobOptions(
+        model="gpt-30m", gpu="cpu", gpus=2, zero=3, dtype="fp32", seq_len=128, offload="optimizer", global_batch=6
+    )
+    view = view_step(build_job(options, local_gpu=profile.gpu, local_host=profile.host), profile)
+    record = view.record.ranks[0]
+    assert view.record.time.step_s == view.report.step_s == pytest.approx(record.end_s)
+    assert {s.stream for s in record.spells} == {"compute", "gather", "reduce", "h2d", "d2h", "host"}
+    assert math.fsum(t.seconds for t in waterfall(view)) == pytest.approx(view.report.step_s, rel=1e-12)
+    assert memory_over_step(view).peak.total_bytes == view.report.peak_allocated_bytes
 
 
 # ---- what is kept -----------------------------------------------------------------------------------------------------

@@ -29,13 +29,20 @@ def _spec(name: str, factor: float = 0.0) -> ModelSpec:
 
 
 def _job(world: int, name: str, factor: float = 0.0, **fields: Any) -> Job:
-    """SGD, because Adam hardly notices a wrong factor on all gradients; clipped, because the norm is a sum over ranks."""
+    """SGD, because Adam hardly notices a wrong factor on all gradients; clipped, because the norm is a sum over ranks. Ranks that
+    share sequences balance the loads of their own tokens only."""
     usual = {"dtype": "fp32", "bucket_bytes": 20_000, "optimizer": "sgd", "grad_clip": 0.1}
-    return tiny.job(_spec(name, factor), Strategy(**{**usual, **fields}), world=world, n_micro_batches=4, arch="cpu")
+    spec = _spec(name, factor)
+    if fields.get("cp", 1) > 1:
+        assert spec.experts is not None
+        spec = replace(spec, experts=replace(spec.experts, balance_loss=0.0))
+    return tiny.job(spec, Strategy(**{**usual, **fields}), world=world, n_micro_batches=4, arch="cpu")
 
 
 QUICK = [_job(2, "mixtral", tp=2)]
 ZB = {"pp_schedule": "zero_bubble"}
+ROOM = 8.0
+"""A capacity factor with which nobody is dropped, of whatever tokens."""
 SLOW = {
     2: [
         _job(2, "mixtral", tp=2, sequence_parallel=False),
@@ -47,6 +54,9 @@ SLOW = {
         _job(2, "mixtral", pp=2, **ZB),
         _job(2, "qwen-moe", pp=2, virtual_pp=2, pp_schedule="interleaved_1f1b"),
         _job(2, "biased", pp=2, pp_schedule="gpipe"),
+        _job(2, "mixtral", cp=2, recompute="full"),
+        _job(2, "deepseek-v3", cp=2, zero_stage=3),
+        _job(2, "deepseek-v2", cp=2, cp_kind="ring", recompute="selective"),
     ],
     4: [
         _job(4, "mixtral", 1.25, tp=2, ep=2),
@@ -57,6 +67,10 @@ SLOW = {
         _job(4, "qwen-moe", 1.0, pp=2, ep=2, zero_stage=1, **ZB),
         _job(4, "deepseek-v3", 1.25, pp=2, ep=2, zero_stage=3, virtual_pp=2, pp_schedule="interleaved_1f1b"),
         _job(4, "mixtral", tp=2, offload="optimizer", zero_stage=2),
+        _job(4, "deepseek-v3", cp=2, tp=2),
+        _job(4, "qwen-moe", cp=2, pp=2, **ZB),
+        _job(4, "mixtral", ROOM, cp=2, ep=2, zero_stage=2),
+        _job(4, "deepseek-v2", ROOM, cp=2, ep=4, zero_stage=1, cp_kind="ring"),
     ],
     8: [
         _job(8, "deepseek-v3", 1.25, pp=2, ep=2, zero_stage=3),
@@ -94,6 +108,8 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"pp": 2, "ep": 2, **ZB},
     {"pp": 2, "ep": 4, "zero_stage": 3, "sequence_parallel": False},
     {"dtype": "fp32", "kernels_off": ("all",), "zero_stage": 2},
+    {"cp": 2, "cp_kind": "ring", "ep": 2, "zero_stage": 2},
+    {"tp": 1, "cp": 2, "recompute": "attention", "ep": 4},
 )
 NAMES = [name for name in MODELS if name != "biased"]
 GRID = [

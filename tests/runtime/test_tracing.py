@@ -217,6 +217,29 @@ class _First(nn.Module):
         return self.module(x)[0].sum()
 
 
+class _Into(nn.Module):
+    """Looks rows up and multiplies them into a place that is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1000, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        with torch.no_grad():
+            torch.mm(x.T, x, out=x.new_empty(8, 8))
+        return x.sum()
+
+
+def test_bytes_of_a_look_up_and_flops_into_a_place() -> None:
+    """fp32, 6 rows of 8: read and written, with 6 numbers of 8 bytes; a product of 8 x 6 by 6 x 8."""
+    model = trace(_Into(), torch.zeros(6, dtype=torch.int64), strategy=Strategy(dtype="fp32"), gpu=tiny.gpu())
+    assert model.traced is not None
+    ops = {op.name: op for op in traced_costs(model.traced)[0].forward}
+    assert ops["embedding"].n_bytes == 2 * 6 * 8 * 4 + 6 * 8
+    assert ops["mm"].shape == (1, 8, 8, 6) and ops["mm"].flops == 2 * 8 * 8 * 6
+
+
 def test_flops_of_convolutions() -> None:
     """3 to 8 channels, 3 x 3, 16 x 16 places, 2 images: 2 * 2 * 256 * 8 * 27; backward only for the weights of the first."""
     module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
@@ -323,3 +346,17 @@ def test_a_hugging_face_model() -> None:
         "transformer.wpe",
         "transformer.h.0",
     ]
+
+
+def test_time_is_that_of_analytic_operators() -> None:
+    """Of a decoder in plain torch, large enough for operators to take longer than launching them: products and attention to the last
+    FLOP, all else by the bytes that torch's own operators move."""
+    spec = replace(MODELS["llama"], d_model=2048, n_heads=16, n_kv_heads=4, head_dim=128, d_ff=5632, vocab_size=32000)
+    spec = replace(spec, max_positions=2048)
+    strategy = Strategy(zero_stage=2, kernels_off=("all",), recompute="full")
+    want = predict(tiny.job(spec, strategy, world=8, micro_batch=2, seq_len=2048))
+    with torch.device("meta"):
+        decoder = build(spec, 2048)
+    got = predict(job(traced(Case(decoder, words(2, 2048)), strategy), strategy, 8, 1))
+    for part in ("forward", "backward", "recompute"):
+        assert got.time_parts_s[part] == pytest.approx(want.time_parts_s[part], rel=0.1), part

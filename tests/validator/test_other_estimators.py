@@ -12,7 +12,8 @@ from estimator import catalog
 from estimator.job import Job, ModelSpec, Strategy, Workload
 from estimator.predict import predict
 from estimator.units import GIB
-from tests.validator.test_published import MPT, run, write
+from tests.validator.test_published import MPT, write
+from validator.published import PublishedRun
 from validator.published.expression import job_of
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -26,6 +27,13 @@ LLAMA = ModelSpec(
 )  # fmt: skip
 N = 2 * (4 * 64 * 64 + 3 * 64 * 256 + 2 * 64) + 64 + 1000 * 64
 """195,392 parameters."""
+
+
+FOUNDRY = {**MPT, "framework": "llm-foundry (Composer FSDP)"}
+
+
+def run(**changed: str) -> PublishedRun:
+    return PublishedRun({**FOUNDRY, **changed})
 
 
 def job(zero: int = 1, model: ModelSpec = LLAMA, n_gpus: int = 4, **fields) -> Job:
@@ -119,7 +127,9 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         "step_time_s": repr(report.step_s * 0.8), "peak_mem_gib": repr(report.peak_allocated_bytes / GIB * 1.25),
         "peak_mem_kind": "allocated",
     }  # fmt: skip
-    path = write(tmp_path / "runs.csv", [{**MPT, **measured}, {**MPT, **measured, "run_id": "b", "model": "again"}])
+    path = write(
+        tmp_path / "runs.csv", [{**FOUNDRY, **measured}, {**FOUNDRY, **measured, "run_id": "b", "model": "again"}]
+    )
     monkeypatch.setattr(sys, "argv", ["bench_estimators.py", "--runs", str(path)])
     runpy.run_path(str(BENCHMARKS / "bench_estimators.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
