@@ -3,6 +3,7 @@
 ``python docs/refresh.py`` rewrites forecasts; with ``--measured`` also the blocks marked ``<!-- measured $ ... -->``, which
 train on this machine. ``tests/test_readme.py`` fails when a forecast in the README is no longer what the command prints.
 ``docs/accuracy.md`` is written anew from the committed records and published runs; ``tests/test_accuracy.py`` fails when it is stale.
+So is ``docs/estimators.md``, from published runs.
 """
 
 from __future__ import annotations
@@ -57,4 +58,6 @@ def refreshed(text: str, measured: bool) -> str:
 
 if __name__ == "__main__":
     output_of(ACCURACY)
+    beside = [sys.executable, "benchmarks/bench_estimators.py", "--write", "docs/estimators.md"]
+    subprocess.run(beside, cwd=TREE, env={**os.environ, "PYTHONPATH": str(TREE)}, check=True)
     README.write_text(refreshed(README.read_text(encoding="utf-8"), "--measured" in sys.argv), encoding="utf-8")

@@ -63,7 +63,12 @@ _FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--state-dtype", str, "fp32|model", "Dtype of the optimizer's states; model: bf16 beside a bf16 model."),
     ("--optimizer", str, "adamw|adam|sgd|lion|adagrad|lamb|adamw8bit|adafactor|muon", "Optimizer."),
     ("--persistent-numel", int, "N", "Largest parameter that stays gathered (stage 3, parameter offload)."),
-    ("--framework", str, "zerocast|fsdp1|composer|fsdp2|deepspeed|megatron|megatron_bridge", "Whose training step is forecast."),
+    (
+        "--framework",
+        str,
+        "zerocast|fsdp1|composer|fsdp2|deepspeed|megatron|megatron_bridge",
+        "Whose training step is forecast.",
+    ),
     ("--overlap-comm", bool, "true|false", "DeepSpeed, ZeRO 1 and 2: one bucket is filled while another is reduced."),
     ("--prefetch-numel", int, "N", "DeepSpeed, ZeRO 3: parameters gathered ahead of use, in elements."),
     ("--live-numel", int, "N", "DeepSpeed, ZeRO 3: gathered parameters that stay, in elements."),

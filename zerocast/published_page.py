@@ -7,11 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from math import expm1
+from pathlib import Path
 
 from estimator.time.interval import NOMINAL, conformal
 from estimator.time.stack import RANGES, Shipped, shipped_stacks
 from validator.published import Evaluation, PublishedRun
 from zerocast.accuracy import WORST, markdown_table
+
+PLOT = "accuracy_published.png"
+"""Beside the page."""
 
 LEFT_OUT = {
     "model": "all runs of one model",
@@ -37,6 +41,7 @@ def published_page(runs: Sequence[PublishedRun], result: Evaluation) -> list[str
         "Each run is forecast with constants that took no part of it: those of its framework and GPU fitted without the group that is named, "
         "or, where nothing of them is left, those that `estimator.time.stack` takes in their place. In interval: share of runs inside the "
         f"nominal {NOMINAL:.0%} interval that the other groups' errors give.",
+        f"![Errors of published step times]({PLOT})",
         markdown_table(left_out_rows(runs, shipped)),
         "### Largest errors",
         f"The {WORST} largest errors with the run's model left out.",
@@ -47,6 +52,19 @@ def published_page(runs: Sequence[PublishedRun], result: Evaluation) -> list[str
         markdown_table(constant_rows(shipped)),
         markdown_table([{"constant": f"`{name}`", "allowed": f"{r.low:g} to {r.high:g}", "expected": f"{r.prior:g} ± {r.width:g}", "what": r.why} for name, r in RANGES.items()]),
     ]  # fmt: skip
+
+
+def write_plot(folder: Path, runs: Sequence[PublishedRun]) -> Path:
+    """``PLOT`` in ``folder``. Raises ``InputError`` when it cannot be written."""
+    from dashboard.published_plot import write_left_out_plot
+
+    seconds = {run.run_id: value for run in runs if (value := run.number("step_time_s"))}
+    errors: dict[str, dict[str, float]] = {}
+    for (framework, _, by), own in shipped_stacks().errors.items():
+        if by == "model":
+            errors.setdefault(framework, {}).update(own)
+    write_left_out_plot(folder / PLOT, seconds, errors)
+    return folder / PLOT
 
 
 def error_rows(result: Evaluation) -> list[dict[str, str]]:

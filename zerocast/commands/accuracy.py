@@ -79,12 +79,14 @@ def _write_page(page: Path, records: Path, result: Evaluation) -> None:
     from validator.published.cases import TABLE
     from validator.store.files import read_record_files
     from zerocast.accuracy import accuracy_page
-    from zerocast.published_page import published_page
+    from zerocast.published_page import published_page, write_plot
 
     files, _ = read_record_files(records)
     compared = compare_sources([(file.reports, [file.profile] if file.profile else []) for file in files])
-    sections = published_page(read_runs(TABLE), result)
+    runs = read_runs(TABLE)
+    sections = published_page(runs, result)
     text = accuracy_page(files, compared, f"zerocast accuracy --write {page}", sections)
+    write_plot(page.parent, runs)
     page.write_text(text, encoding="utf-8")
 
 
