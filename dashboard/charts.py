@@ -8,6 +8,7 @@ import altair as alt
 
 from dashboard.colours import CATEGORY_COLOURS, PART_COLOURS, term_colour
 from dashboard.data import Row
+from dashboard.step_data import NEAR
 from estimator.units import GIB, format_seconds
 
 
@@ -135,7 +136,7 @@ def memory_area(rows: Sequence[Row], capacity_bytes: int | None) -> alt.LayerCha
     ]
     highest = max((v["high"] for v in values), default=1.0)
     capacity = (capacity_bytes or 0) / GIB
-    near = 0 < capacity < 3 * highest
+    near = 0 < capacity < NEAR * highest
     scale = alt.Scale(domain=[0, max(highest, capacity if near else 0.0) * 1.05], nice=False)
     colours = alt.Scale(domain=[label for _, label in names], range=[CATEGORY_COLOURS[name] for name, _ in names])
     areas = (
@@ -155,4 +156,4 @@ def memory_area(rows: Sequence[Row], capacity_bytes: int | None) -> alt.LayerCha
     if near:
         line = alt.Chart(alt.Data(values=[{"GiB": capacity}])).encode(y=alt.Y("GiB:Q", scale=scale))
         layers.append(line.mark_rule(color="#c9534f", strokeWidth=2, strokeDash=[6, 4]))
-    return alt.LayerChart(layer=layers).properties(height=300)
+    return alt.LayerChart(layer=layers).properties(height=420)

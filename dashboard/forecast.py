@@ -11,7 +11,7 @@ import streamlit as st
 from dashboard.charts import memory_area, memory_bar, time_bars, waterfall_bars
 from dashboard.data import memory_rows, memory_table, needed_bytes, strategy_rows, strategy_table, time_rows
 from dashboard.profiles import local_machine, profile_of, profiles_beside
-from dashboard.step_data import memory_over_step_rows, waterfall_rows
+from dashboard.step_data import memory_over_step_rows, remedy_rows, waterfall_rows
 from estimator.catalog import gpu_names, model_names
 from estimator.job.options import JobOptions, build_job
 from estimator.job.strategy import Dtype, Offload, Recompute
@@ -21,12 +21,15 @@ from estimator.plan.question import STAGES
 from estimator.time.profile_file import load_profile
 from estimator.units import format_bytes, format_seconds
 from estimator.views.memory import memory_over_step
+from estimator.views.remedies import find_remedies
 from estimator.views.step import view_step
 from estimator.views.waterfall import waterfall
-from estimator.views.words import peak_words, time_words
+from estimator.views.words import NAMED, memory_remedy_words, peak_words, surprises, time_remedy_words, time_words
 
 if TYPE_CHECKING:
+    from estimator.job import Job
     from estimator.report import StepReport
+    from estimator.time.profile import HardwareProfile
     from estimator.views.step import StepView
 
 OWN_CONFIG = "a config.json of mine ..."
@@ -55,7 +58,7 @@ def forecast_tab(store_path: Path | None, profile_path: Path | None) -> None:
     with right:
         st.subheader("Memory by category")
         st.dataframe(memory_table(memory_rows(report)), hide_index=True, width="stretch")
-    _why(view)
+    _why(view, profile)
     st.subheader("Every ZeRO stage and offload for this job")
     table = strategy_table(strategy_rows(alternatives(job, profile)))
     st.dataframe(table, hide_index=True, width="stretch", height=ROW_PIXELS * (len(table) + 1) + 2)
@@ -65,7 +68,7 @@ def forecast_tab(store_path: Path | None, profile_path: Path | None) -> None:
                 st.markdown(f"- {note}")
 
 
-def _why(view: StepView) -> None:
+def _why(view: StepView, profile: HardwareProfile | None) -> None:
     """Memory over the step, and the waterfall of its time, each with its sentences."""
     curve, terms = memory_over_step(view), waterfall(view)
     st.subheader("Memory over the step")
@@ -75,6 +78,18 @@ def _why(view: StepView) -> None:
     st.subheader("Where the time goes")
     st.altair_chart(waterfall_bars(waterfall_rows(terms)), width="stretch")
     st.caption(" ".join(time_words(view, terms)))
+    if st.button("What would change it?", key="remedies"):
+        _remedies(view.job, profile)
+
+
+def _remedies(job: Job, profile: HardwareProfile | None) -> None:
+    """Forecasts of the job with one thing changed: the best in words, all in a table."""
+    found = find_remedies(job, profile, allocator=AllocatorSettings())
+    best = [memory_remedy_words(remedy, found) for remedy in found.for_memory[:NAMED]]
+    best += [time_remedy_words(remedy, found) for remedy in found.for_time[:NAMED]]
+    for words in [*best, *surprises(found, job.zero_stage)]:
+        st.markdown(f"- {words}")
+    st.dataframe(remedy_rows(found.tried), hide_index=True, width="stretch")
 
 
 def _controls(measured_gpus: Sequence[str]) -> JobOptions:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from estimator.views.roofline import RoofPoint
     from estimator.views.waterfall import Term
 
+NEAR = 2.0
+"""A GPU's capacity is drawn where it is less than so many times the peak."""
 MOST_SAMPLES = 1500
 """Of a chart in the browser."""
 

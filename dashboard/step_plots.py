@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dashboard.colours import CATEGORY_COLOURS, term_colour
-from dashboard.step_data import waterfall_rows
+from dashboard.step_data import NEAR, waterfall_rows
 from estimator.errors import InputError
 from estimator.units import GIB, format_seconds
 from estimator.views.labels import CATEGORY_LABELS
@@ -77,7 +77,7 @@ def memory_figure(curve: MemoryCurve, capacity_bytes: int | None, title: str) ->
         ha="right" if at_right else "left", zorder=5,
     )  # fmt: skip
     highest, capacity = peak.total_bytes / GIB, (capacity_bytes or 0) / GIB
-    if 0 < capacity < 3 * highest:
+    if 0 < capacity < NEAR * highest:
         axes.axhline(capacity, color="#c9534f", linestyle="--", label=f"capacity {capacity:.1f} GiB")
         highest = max(highest, capacity)
     for gap in curve.gaps:

@@ -114,7 +114,7 @@ class _Passing(NamedTuple):
 class _Moment(NamedTuple):
     """Between two passes."""
 
-    held: tuple[tuple[str, int], ...]
+    held: dict[str, int]
     """The device's live bytes by category."""
     phase: str
     where: Where
@@ -213,7 +213,7 @@ class _Reader:
         if not section.passes and not self._shares:
             self._events(section.events)
             return
-        moments: dict[Any, _Moment] = {}
+        moments: dict[Any, list[_Moment]] = {}
         now = read = self._moment(moments)
         for events in section.passes or (section.events,):
             then = now.then.get(id(events))
@@ -235,10 +235,15 @@ class _Reader:
         if now is not read:
             self._return_to(now)
 
-    def _moment(self, moments: dict[Any, _Moment]) -> _Moment:
+    def _moment(self, moments: dict[Any, list[_Moment]]) -> _Moment:
         """The present one, which may be among ``moments``."""
-        held = tuple(self.device.live.items())
-        return moments.setdefault((held, self.phase, self.where), _Moment(held, self.phase, self.where, {}))
+        device = self.device
+        alike = moments.setdefault((device.total, self.phase, self.where), [])
+        for moment in alike:
+            if moment.held == device.live:
+                return moment
+        alike.append(_Moment(dict(device.live), self.phase, self.where, {}))
+        return alike[-1]
 
     def _return_to(self, moment: _Moment) -> None:
         self.device.live = dict(moment.held)

@@ -100,6 +100,7 @@ class Period(NamedTuple):
     repeat: int
 
 
+@lru_cache(maxsize=256)
 def periods(schedule: PipelineSchedule, pp: int, chunks: int, n: int) -> tuple[tuple[Period, ...], ...]:
     """By rank: parts of its order that repeat with one pass of every chunk's micro-batches exchanged for the next.
 

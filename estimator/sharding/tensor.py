@@ -8,6 +8,7 @@ embedding and head by vocabulary; experts by number. Everything else every rank 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from estimator.sharding.units import Param, Split, Unit, splits_of
 
@@ -46,10 +47,9 @@ def split_of(name: str, shape: Sequence[int], tp: int, ep: int = 1) -> Split | N
 
 def parts(units: tuple[Unit, ...], tp: int, ep: int = 1) -> tuple[Unit, ...]:
     """``units`` as one of ``tp`` tensor-parallel and ``ep`` expert-parallel ranks holds them; equal parameter lists stay one object."""
-    by_params: dict[tuple[Param, ...], tuple[Param, ...]] = {}
-    made = []
-    for unit in units:
-        if unit.params not in by_params:
-            by_params[unit.params] = tuple(part(param, tp, ep) for param in unit.params)
-        made.append(unit._replace(params=by_params[unit.params]))
-    return tuple(made)
+    return tuple(unit._replace(params=_parts(unit.params, tp, ep)) for unit in units)
+
+
+@lru_cache(maxsize=1024)
+def _parts(params: tuple[Param, ...], tp: int, ep: int) -> tuple[Param, ...]:
+    return tuple(part(param, tp, ep) for param in params)

@@ -49,13 +49,13 @@ class OperatorTimer:
 
     ``workers`` is the number of processes that share the machine (ranks of one node): it picks the points of a
     calibrated CPU, on which N processes run with ``cores // N`` threads each. ``stack``: constants of training with a
-    framework; without them operators are timed as lone kernels are. Raises ``InputError`` for an operator
+    framework; without them, or with ``LONE``, operators are timed as lone kernels are. Raises ``InputError`` for an operator
     whose dtype was never measured.
     """
 
     def __init__(self, gpu: Gpu, profile: HardwareProfile, workers: int = 1, stack: Stack | None = None) -> None:
         self.gpu, self.profile, self.workers = gpu, profile, workers
-        self.stack, self.is_lone = stack or LONE, stack is None
+        self.stack, self.is_lone = stack or LONE, stack is None or stack is LONE
         self._seconds: dict[Op, float] = {}
         self._points: dict[tuple[Any, ...], list[Any]] = {}
         host = profile.host_point(workers)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from estimator.job.job import Job
 from estimator.ops.cost import UnitCost
-from estimator.schedule.events import Collective, Event, Recv, Section, Send, Sent, StepProgram, Tag, Wait
+from estimator.schedule.events import Alloc, Collective, Event, Free, Recv, Section, Send, Sent, StepProgram, Tag, Wait
 from estimator.time.durations import Durations
 from estimator.time.player import COLLECTIVE_PART, INDEX, PASSES, Player, StepTime, difference, same, step_time
 from estimator.time.profile import HardwareProfile
@@ -156,7 +156,7 @@ class PipelineRank(Player):
         tags = set(self._links)
         for event in events:
             kind = type(event)
-            if kind is Sent:
+            if kind is Alloc or kind is Free or kind is Sent:
                 continue
             carries = kind is Send or kind is Recv or (kind is Collective and self._crosses_stages(event))  # type: ignore[arg-type]
             if carries:

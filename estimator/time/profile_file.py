@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +123,18 @@ def _part(cls: Any, data: Any, where: str) -> Any:
     return cls(**values)
 
 
+@lru_cache(maxsize=1024)
+def _annotation(cls: Any, key: str) -> str:
+    annotation = str(cls.__annotations__[key])
+    return annotation.split("'")[1] if "ForwardRef" in annotation else annotation
+
+
 def _field(cls: Any, key: str, value: Any, where: str) -> Any:
     """``value`` as the annotated type of ``cls.key`` (annotations are strings here: the modules postpone them)."""
     if key not in cls.__annotations__:
         raise unknown_choice(f"{where}: key", key, cls.__annotations__)
-    annotation = str(cls.__annotations__[key])
+    annotation = _annotation(cls, key)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if "ForwardRef" in annotation:
-        annotation = annotation.split("'")[1]
     if annotation == "float" and number:
         return float(value)
     if annotation == "int" and number and value == int(value):

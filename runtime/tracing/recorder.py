@@ -23,8 +23,8 @@ _DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _NO_WORK = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "resize_", "set_", "_unsafe_view",
 }  # fmt: skip
-_LOOK_UPS = {"embedding", "gather", "index", "index_select"}
-"""They read of a table what they write."""
+_LOOK_UPS = {"embedding", "gather", "index", "index_select", "nll_loss_forward"}
+"""They read of their first tensor what they write."""
 _NORMS = ("norm", "group_norm", "layer_norm", "batch_norm")
 _LOSSES = ("_log_softmax", "nll_loss", "mse_loss", "binary_cross_entropy", "smooth_l1_loss", "huber_loss", "kl_div")
 _ONEDNN = (
@@ -118,6 +118,8 @@ def _ops_of(func: Any, args: Any, kwargs: Any, out: Any, dtype: str) -> Iterable
     read_bytes = [_n_bytes(x) for x in read.values()]
     if name in _LOOK_UPS and read_bytes:
         read_bytes[0] = min(read_bytes[0], written_bytes)
+    if name == "nll_loss_backward":
+        read_bytes[1] = 0  # only its shape
     n_bytes = sum(read_bytes) + written_bytes
     if name == "convolution":
         yield _convolution(name, inputs[0], inputs[1], results[0], args, n_bytes)

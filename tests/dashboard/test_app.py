@@ -17,9 +17,10 @@ from estimator.report import StepReport
 from estimator.time.profile import HardwareProfile
 from estimator.units import format_bytes, format_seconds
 from estimator.views.memory import memory_over_step
+from estimator.views.remedies import find_remedies
 from estimator.views.step import view_step
 from estimator.views.waterfall import waterfall
-from estimator.views.words import peak_words, time_words
+from estimator.views.words import memory_remedy_words, peak_words, time_words
 from validator.store.database import Store
 
 pytest.importorskip("streamlit")
@@ -74,6 +75,18 @@ def test_first_page_says_why(monkeypatch) -> None:
         layer["encoding"].get(axis, {}).get("title") for c in charts for layer in c["layer"] for axis in ("x", "y")
     }
     assert {"ms into the step", "ms of one step", "GiB on one GPU"} <= titles
+
+
+def test_remedies_come_when_they_are_asked_for(monkeypatch) -> None:
+    app = page(monkeypatch)
+    assert len(app.dataframe) == 2
+    app.button(key="remedies").click().run()
+    assert not sentences(app)
+    found = find_remedies(build_job(DEFAULTS), allocator=AllocatorSettings())
+    (table,) = [d.value for d in app.dataframe if "change" in d.value.columns]
+    assert list(table["change"]) == [remedy.change.words for remedy in found.tried]
+    shown = [m.value for m in app.markdown]
+    assert f"- {memory_remedy_words(found.for_memory[0], found)}" in shown
 
 
 def test_changing_the_strategy_changes_the_figures(monkeypatch) -> None:

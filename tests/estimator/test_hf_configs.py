@@ -147,7 +147,13 @@ def test_models_with_an_encoder_are_read() -> None:
     assert bart.position_rows == 34 and bart.encoder == Encoder(n_layers=2)
 
 
-VIT = {"model_type": "vit", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+}
 
 
 def test_vision_transformers_are_read() -> None:
@@ -159,7 +165,9 @@ def test_vision_transformers_are_read() -> None:
     assert spec_from_config({**VIT, "qkv_bias": False}).attn_out_bias, "of queries, keys and values alone"
     assert "config.image_size is [224, 192]; allowed: one number" in refusal({**VIT, "image_size": [224, 192]})
     assert "at most image_size = 8" in refusal({**VIT, "image_size": 8})
-    assert "ViTForImageClassification, the encoder with its classifier" in refusal({**VIT, "architectures": ["ViTModel"]})
+    assert "ViTForImageClassification, the encoder with its classifier" in refusal(
+        {**VIT, "architectures": ["ViTModel"]}
+    )
 
 
 def test_opt_350m_norms_come_last() -> None:

@@ -247,7 +247,7 @@ def test_stages_meet_for_the_gradient_norm_and_for_tied_embeddings() -> None:
             {"grad_compression": "one_bit", "compression_warmup_steps": 4, "grad_clip": 0.0},
             "pp is 2 with compression_warmup_steps 4",
         ),
-        ({"recompute": "full", "activation_offload": True}, "pp is 2 with activation_offload True"),
+        ({"recompute": "full", "activation_offload": True}, "activation_offload is on with pp 2"),
         ({"offload": "optimizer", "delayed_update": True}, "pp is 2 with offload 'optimizer delayed'"),
         ({"pp_schedule": "zero_bubble", "zero_stage": 2}, "pp_schedule is 'zero_bubble' with zero 2"),
         (

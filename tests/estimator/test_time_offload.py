@@ -12,6 +12,7 @@ from estimator.schedule.events import Commit, Compute, Copy, Update, Wait
 from estimator.schedule.nvme import IO_BLOCK_BYTES, IO_QUEUE
 from estimator.time.durations import Durations
 from estimator.time.profile import FilePoint, HardwareProfile, OverheadPoint
+from estimator.time.stack import LONE
 from tests.estimator.test_time_player import COSTS, FREE_ISSUE, GPU, JOB, play, program
 
 FILES: HardwareProfile = replace(
@@ -63,7 +64,7 @@ def test_a_read_may_wait_for_a_write_and_the_host_does_not(job: Job) -> None:
 
 def test_a_late_step_goes_on_behind_computing_on_a_gpu() -> None:
     late = replace(JOB, strategy=Strategy(zero_stage=3, offload="optimizer", delayed_update=True))
-    durations = Durations(COSTS, late, FREE_ISSUE)
+    durations = Durations(COSTS, late, FREE_ISSUE, LONE)
     compute_s, numel = play(program(Compute(1, "forward")), job=late).step_s, 10**6
     update_s = durations.update(numel, True)
     numel = int(numel * 3 * compute_s / update_s)
@@ -78,7 +79,7 @@ def test_a_late_step_goes_on_behind_computing_on_a_gpu() -> None:
 
 def test_on_a_cpu_a_late_step_takes_the_same_cores() -> None:
     late = replace(CPU, strategy=Strategy(zero_stage=3, offload="optimizer", delayed_update=True))
-    update_s = Durations(COSTS, late, FREE_ISSUE).update(10**9, True)
+    update_s = Durations(COSTS, late, FREE_ISSUE, LONE).update(10**9, True)
     t = play(program(Update(0, 10**9, "worker"), Compute(1, "forward")), job=late)
     assert t.step_s == pytest.approx(update_s + play(program(Compute(1, "forward")), job=late).step_s, rel=1e-9)
 

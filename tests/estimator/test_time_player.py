@@ -28,6 +28,7 @@ from estimator.schedule.events import (
 from estimator.time.durations import Durations
 from estimator.time.player import StepTime, time_of
 from estimator.time.profile import HardwareProfile, profile_for
+from estimator.time.stack import LONE
 
 GPU = Gpu(
     name="h100-sxm", arch="hopper", memory_bytes=80 << 30, memory_bytes_per_s=3.35e12,
@@ -66,7 +67,7 @@ def program(*events: Event, repeat: int = 1) -> StepProgram:
 
 
 def play(p: StepProgram, profile: HardwareProfile = FREE_ISSUE, job: Job = JOB) -> StepTime:
-    return time_of(p, COSTS, job, profile)
+    return time_of(p, COSTS, job, profile, LONE)
 
 
 def gather(n_bytes: int, group: int = 0) -> Collective:
@@ -77,7 +78,7 @@ def reduce(n_bytes: int, group: int = 0) -> Collective:
     return Collective("reduce_scatter", "grads", group, n_bytes, "reduce", ("reduce", group))
 
 
-D = Durations(COSTS, JOB, FREE_ISSUE)
+D = Durations(COSTS, JOB, FREE_ISSUE, LONE)
 FORWARD_S = D.passes(1, "forward")[0][1]
 GATHER_S = D.collective("all_gather", 1 << 30)
 
@@ -151,7 +152,7 @@ def test_the_host_optimizer_is_offload_that_compute_waits_for() -> None:
 def test_a_slow_host_bounds_small_kernels() -> None:
     op = Op("tiny", "elementwise", False, "bf16", 1.0, 1024)
     slow = replace(PROFILE, host_points=(PROFILE.host_points[0]._replace(op_s=1e-3),))
-    t = time_of(program(Compute(0, "forward")), (UnitCost((op,) * 10, (), (), NONE, NONE),), JOB, slow)
+    t = time_of(program(Compute(0, "forward")), (UnitCost((op,) * 10, (), (), NONE, NONE),), JOB, slow, LONE)
     kernel = Durations((), JOB, slow).ops.seconds(op)
     assert t.step_s == pytest.approx(10e-3 + kernel, rel=1e-12)
     assert t.parts["forward"] == t.step_s
@@ -160,7 +161,9 @@ def test_a_slow_host_bounds_small_kernels() -> None:
 def test_a_cpu_has_one_clock() -> None:
     cpu = replace(GPU, name="cpu", arch="cpu")
     job = replace(JOB, cluster=replace(CLUSTER, gpu=cpu))
-    t = time_of(program(gather(1 << 30), Compute(1, "forward"), Wait("compute", ("gather", 0))), COSTS, job, FREE_ISSUE)
+    t = time_of(
+        program(gather(1 << 30), Compute(1, "forward"), Wait("compute", ("gather", 0))), COSTS, job, FREE_ISSUE, LONE
+    )
     assert t.parts["exposed_gather"] > 0 and t.step_s == pytest.approx(sum(t.busy_s.values()), rel=1e-12)
 
 

@@ -88,6 +88,8 @@ def job_of(values: Values, world: int) -> Job:
     spec = SPECS[values["model"]]
     dtype = "fp32" if spec.experts else values["dtype"]  # routers turn the rounding of 16 bits into other choices
     strategy = Strategy(**{name: value for name, value in values.items() if name in fields} | {"dtype": dtype})
+    if spec.experts and strategy.cp > 1:
+        raise InputError("ranks that share sequences balance, and drop, of their own tokens: not as one rank does")
     rest = {name: values[name] for name in ("micro_batch", "n_micro_batches")}
     spec = replace(spec, n_layers=max(spec.n_layers, strategy.pp * strategy.virtual_pp))
     return tiny.job(spec, strategy, world=world, seq_len=16, arch="cpu", **rest)
