@@ -88,7 +88,9 @@ def main(path: str, each: bool) -> None:
                     else ""
                 )
                 group = (row["kind"], row["gpu"], row["machine"], row["n_gpus"], row["n_nodes"], software)
-                found[group].append((n_bytes, measured_s(row, n_bytes), way.seconds, f"{way.algorithm}, {way.protocol}"))
+                found[group].append(
+                    (n_bytes, measured_s(row, n_bytes), way.seconds, f"{way.algorithm}, {way.protocol}")
+                )
     print("rows  median     rms  (forecast over measured seconds, less one)")
     everything: list[float] = []
     for key, points in found.items():

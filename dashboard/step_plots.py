@@ -135,9 +135,10 @@ def roofline_figure(points: Sequence[RoofPoint], roof: Roof, title: str) -> Any:
         ) if own else None  # fmt: skip
     largest = {p.name: p for p in reversed(drawn)}
     for number, p in enumerate(sorted(largest.values(), key=lambda p: -p.seconds)[:NAMED_POINTS]):
+        is_left = p.flops_per_byte < roof.ridge
         axes.annotate(
-            p.name, (p.flops_per_byte, p.flops_per_s / 1e12), xytext=(-10, -16 - 11 * (number % 3)), textcoords="offset points", fontsize=8,
-            ha="right", arrowprops={"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.5},
+            p.name, (p.flops_per_byte, p.flops_per_s / 1e12), xytext=(16, -4) if is_left else (-14, -20 - 13 * number), textcoords="offset points",
+            fontsize=8, ha="left" if is_left else "right", arrowprops={"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.5},
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOPs per byte", ylabel="TFLOP/s")
     axes.grid(alpha=0.25)

@@ -146,6 +146,7 @@ def _fit(args: argparse.Namespace) -> int:
     cases = cases_of(read_runs(args.runs or TABLE))
     if not cases:
         raise InputError(f"runs is {str(args.runs or TABLE)!r}, of which no run has a step time and can be forecast")
+
     def say(what: str) -> None:
         sys.stderr.write(f"{what}\n")
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 from estimator.job.job import Job
 from estimator.ops.cost import UnitCost
 from estimator.schedule.events import Alloc, Collective, Event, Free, Recv, Section, Send, Sent, StepProgram, Tag, Wait
+from estimator.time.code import PASSES
 from estimator.time.durations import Durations
-from estimator.time.player import COLLECTIVE_PART, INDEX, PASSES, Player, StepTime, difference, same, step_time
+from estimator.time.player import COLLECTIVE_PART, INDEX, Player, StepTime, difference, same, step_time
 from estimator.time.profile import HardwareProfile
 from estimator.time.stack import Stack
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from estimator.job.job import Job
@@ -40,6 +39,7 @@ from estimator.schedule.events import (
     Copy,
     Event,
     Free,
+    GradNorm,
     Keep,
     Pack,
     PickRows,
@@ -52,6 +52,7 @@ from estimator.schedule.events import (
     Wait,
 )
 from estimator.schedule.servers import grow_older
+from estimator.time.code import HOST_WAIT, HOST_WORK, PASS, PASSES, WAIT, WORK, joined
 from estimator.time.durations import Durations
 from estimator.time.interval import interval
 from estimator.time.profile import HardwareProfile
@@ -62,7 +63,6 @@ INDEX = {name: i for i, name in enumerate(STREAMS)}
 _HOST = INDEX["host"]
 _FILES = (INDEX["nvme_read"], INDEX["nvme_write"])
 _COLLECTIVE_STREAMS = (INDEX["gather"], INDEX["reduce"])
-WORK, PASS, WAIT, HOST_WORK, HOST_WAIT, PASSES = range(6)
 _TOLERANCE = 1e-9
 
 COLLECTIVE_PART = {
@@ -86,7 +86,7 @@ class StepTime(NamedTuple):
     """Seconds of work by stream, overlapped or not."""
     bound: str
     """What takes the most time: ``compute``, ``gather``, ``reduce``, ``other communication``, ``optimizer``, ``offload``,
-    ``pipeline bubble``."""
+    ``pipeline bubble``, ``the framework's own work``."""
 
 
 def time_of(
@@ -144,6 +144,7 @@ def bound_of(parts: dict[str, float]) -> str:
         "optimizer": parts["optimizer"],
         "offload": parts["offload"],
         "pipeline bubble": parts["pipeline_bubble"],
+        "the framework's own work": parts["data"],
     }
     return max(groups, key=lambda name: groups[name])
 
@@ -168,6 +169,8 @@ class Player:
         self.parts = dict.fromkeys(TIME_PARTS, 0.0)
         self.busy = [0.0] * len(STREAMS)
         self._passes: dict[tuple[int, str], list[tuple[Any, ...]]] = {}
+        self._steps: dict[tuple[bool, int, bool], float] = {}
+        """Seconds of optimizer steps (or norms) of so many elements (or bytes), on the host or not."""
 
     def finish(self) -> tuple[dict[str, float], dict[str, float]]:
         """Wait for every stream, as the next step does; parts and busy seconds by stream."""
@@ -265,6 +268,8 @@ class Player:
 
     def _kernel(self, event: Any) -> tuple[Any, ...]:
         d = self.durations
+        if isinstance(event, (Update, GradNorm)):  # of which there are most
+            return self._step(event)
         if isinstance(event, PickRows | AddRows):
             return (WORK, 0, d.rows(event), d.issue_s, "exposed_reduce", None)
         if isinstance(event, Pack | Unpack | Keep):
@@ -285,19 +290,21 @@ class Player:
             return (WORK, 0, d.sum_pieces(event), d.issue_s * event.pieces, "exposed_reduce", None)
         if isinstance(event, Accumulate):
             return (WORK, 0, d.accumulate(event.n_bytes), d.issue_s, "backward", None)
-        if isinstance(event, Commit):
-            return (HOST_WORK, d.commit(), "offload", None)
-        tag = ("update" if isinstance(event, Update) else "square", event.group)
-        on_host = event.stream == "host"
+        assert isinstance(event, Commit)
+        return (HOST_WORK, d.commit(), "offload", None)
+
+    def _step(self, event: Update | GradNorm) -> tuple[Any, ...]:
+        is_update = isinstance(event, Update)
+        tag = ("update" if is_update else "square", event.group)
+        size, on_host = event[1], event.stream != "compute"
+        key = is_update, size, on_host
+        if key not in self._steps:
+            self._steps[key] = (self.durations.update if is_update else self.durations.grad_norm)(size, on_host)
         if event.stream == "worker":
-            return (WORK, INDEX["worker"], d.update(event.numel, True), 0.0, "offload", tag)
-        if isinstance(event, Update):
-            seconds = d.update(event.numel, on_host)
-        else:
-            seconds = d.grad_norm(event.n_bytes, on_host)
+            return (WORK, INDEX["worker"], self._steps[key], 0.0, "offload", tag)
         if on_host:
-            return (HOST_WORK, seconds, "offload", tag)
-        return (WORK, INDEX[event.stream], seconds, d.issue_s, "optimizer", tag)
+            return (HOST_WORK, self._steps[key], "offload", tag)
+        return (WORK, INDEX[event.stream], self._steps[key], self.durations.issue_s, "optimizer", tag)
 
     # ---- running --------------------------------------------------------------------------------------------------
 
@@ -452,27 +459,6 @@ class Player:
                 self.parts[name] += overlap
                 rest -= overlap
         self.parts[part] += max(0.0, rest)
-
-
-def joined(code: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """``code`` with passes that follow one another at once as single steps: how far the host may be ahead of the device, or must be
-    behind it, for none of them to wait for it; seconds of device and host; seconds by part; and the passes themselves, for
-    when one does wait."""
-    result: list[tuple[Any, ...]] = []
-    for is_pass, steps in groupby(code, lambda step: step[0] == PASS):
-        run = list(steps)
-        if not is_pass or len(run) == 1:
-            result += run
-            continue
-        slack, device_s, host_s = float("inf"), 0.0, 0.0
-        shares: dict[str, float] = {}
-        for _, part, seconds, bound_s, issue_s in run:
-            device_s += seconds
-            slack = min(slack, device_s - host_s - bound_s)
-            host_s += issue_s
-            shares[part] = shares.get(part, 0.0) + seconds
-        result.append((PASSES, slack, device_s, host_s, tuple(shares.items()), run))
-    return result
 
 
 def difference(after: list[float], before: list[float]) -> list[float]:

@@ -12,7 +12,8 @@ from estimator.memory.reader import Passings
 from estimator.predict import lay_out, lay_out_stages, memory_of
 from estimator.schedule.events import Compute
 from estimator.schedule.pipeline import fewest, orders, periods
-from estimator.time.player import INDEX, PASS, PASSES, Player, joined
+from estimator.time.code import PASS, PASSES, joined
+from estimator.time.player import INDEX, Player
 from tests.estimator.test_pipeline_program import FIELDS, job
 from tests.runtime import tiny
 

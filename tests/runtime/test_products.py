@@ -48,7 +48,7 @@ AXES: dict[int, tuple[dict[str, Any], ...]] = {
         {**SERVERS, "n_servers": 2, "staleness": 1}, {"ep": 4}, {"cp": 2, "pp": 2, "cp_kind": "ring"}, {"pp": 4, **ZERO_BUBBLE}, {"tp": 4},
     ),
     8: (
-        {"tp": 2, "pp": 2, "ep": 2}, {"tp": 2, "cp": 2, "pp": 2}, {"pp": 2, "shard_size": 2}, {"tp": 2, "ep": 4},
+        {"tp": 2, "pp": 2, "ep": 2}, {"tp": 2, "cp": 2, "pp": 2}, {"pp": 2, "shard_size": 2}, {"tp": 2, "ep": 4, "zero_stage": 1},
         {"tp": 2, "pp": 2, **ZERO_BUBBLE}, {"cp": 2, "shard_size": 2},
     ),
 }  # fmt: skip

@@ -329,7 +329,7 @@ def test_demo_walks_the_whole_road(zerocast, tmp_path: Path) -> None:
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
         ("AMD Instinct MI300X", "mi300x"),
-        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 NVL", "h100-pcie-94"),
         ("Quadro T1000", None),
     ],
 )

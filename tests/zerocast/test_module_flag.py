@@ -60,8 +60,10 @@ number = 3
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    file = tmp_path / "mine.py"
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the current folder: long paths are cut in messages."""
+    monkeypatch.chdir(tmp_path)
+    file = Path("mine.py")
     file.write_text(FILE)
     return file
 

@@ -15,6 +15,7 @@ from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, 
     short_help="Forecast memory and time of one training step.",
     epilog="Example: zerocast predict --model llama-3-8b --gpu h100-sxm --gpus 8 --zero 3 --recompute full",
 )
+@job_flags
 @click.option(
     "--module",
     metavar="FILE.py:NAME",
@@ -26,7 +27,6 @@ from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, 
     default="",
     help="Options of PyTorch's allocator, as in PYTORCH_ALLOC_CONF, e.g. expandable_segments:True.",
 )
-@job_flags
 @profile_flag
 @json_flag
 def command(flags: JobFlags, module: str | None, alloc_conf: str, profile_path: Path | None, as_json: bool) -> None:
