@@ -146,7 +146,7 @@ def test_compression_takes_less_time_between_nodes() -> None:
         blueprint, profile = lay_out(job), profile_for(job.cluster.gpu)[0]
         return time_of(blueprint.program, blueprint.costs, job, profile).busy_s["reduce"]
 
-    assert reduce_s(zero=0, grad_compression="one_bit") < 0.5 * reduce_s(zero=0)
+    assert reduce_s(zero=0, grad_compression="one_bit") < 0.6 * reduce_s(zero=0)
     assert reduce_s(zero=3, quantized_grads=8) < 0.6 * reduce_s(zero=3)
 
 
