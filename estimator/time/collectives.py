@@ -140,7 +140,8 @@ class _Model(NamedTuple):
     def tree(self, op: NetworkOp, n_bytes: float) -> list[Way]:
         p, n_nodes = self.place.per_node, self.place.n_nodes
         rounds = 2 if op == "all_reduce" else 1
-        inner_s = rounds * n_bytes * (p - 1) / p / self.rate.intra if p > 1 else 0.0
+        part = 1.0 if op == "broadcast" else rounds * (p - 1) / p
+        inner_s = part * n_bytes / self.rate.intra if p > 1 else 0.0
         hops = (rounds * (p - 1), rounds * log2(n_nodes) if n_nodes > 1 else 0)
         wire_s = max(inner_s, self._outer_s(op, n_bytes))
         moved = rounds * n_bytes * (self.place.group_size - 1) / self.place.group_size
@@ -150,8 +151,12 @@ class _Model(NamedTuple):
         link, p = self.link, self.place.per_node
         if p < link.in_switch_min_ranks or p == 1:
             return []
-        moved = (2.0 if op == "all_reduce" else 1.0) * n_bytes * (p - 1) / p
-        wire_s = max(moved / (self.rate.intra * link.in_switch_factor), self._outer_s(op, n_bytes))
+        rate = self.rate.intra * link.in_switch_factor
+        if op == "broadcast":  # the root's link carries everything once
+            inner_s = n_bytes / min(rate, self.cluster.gpu.link_bytes_per_s)
+        else:
+            inner_s = 2.0 * n_bytes * (p - 1) / p / rate
+        wire_s = max(inner_s, self._outer_s(op, n_bytes))
         across_s = 2 * log2(self.place.n_nodes) * NVLS_TREE_HOP_S if self.place.n_nodes > 1 else 0.0
         return [self._way("in_switch", "simple", p * link.in_switch_rank_s + across_s, wire_s)]
 
