@@ -12,11 +12,12 @@ import json
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from statistics import NormalDist, median
+from statistics import median
 from typing import NamedTuple
 
 from estimator.job.job import Job
 from estimator.time.profile import HardwareProfile
+from estimator.time.stragglers import expected_maximum
 
 STACKS = Path(__file__).resolve().parent.parent / "catalog" / "stacks.json"
 
@@ -79,7 +80,7 @@ class Stack:
         if compute_s > 0:
             for name in ("forward", "backward", "recompute"):
                 parts[name] *= 1 + self.contention * hidden_s / compute_s
-        parts["exposed_other_comm"] += self.straggling * slowest_of(n_ranks) * sum(parts.values())
+        parts["exposed_other_comm"] += self.straggling * expected_maximum(n_ranks) * sum(parts.values())
         parts["data"] += self.step_s
         return parts
 
@@ -87,11 +88,6 @@ class Stack:
 LONE = Stack()
 PRIOR = Stack(**{name: r.prior for name, r in RANGES.items()})
 """Before anything was measured."""
-
-
-def slowest_of(n: int) -> float:
-    """Expected maximum of ``n`` standard normal values (Blom 1958)."""
-    return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
 
 
 class Evidence(NamedTuple):

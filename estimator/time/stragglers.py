@@ -25,6 +25,8 @@ def expected_maximum(n: int) -> float:
     Raises ``InputError`` for ``n`` below 1.
     """
     require_int("n", n)
+    if n == 1:
+        return 0.0
     step = (_HIGH - _LOW) / _POINTS
     total = 0.0
     for i in range(_POINTS + 1):

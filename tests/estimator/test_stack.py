@@ -27,10 +27,10 @@ from estimator.time.stack import (
     Shipped,
     Stack,
     shipped_stacks,
-    slowest_of,
     typical,
     write_stacks,
 )
+from estimator.time.stragglers import expected_maximum
 
 PARTS = dict.fromkeys(TIME_PARTS, 0.0)
 
@@ -88,18 +88,12 @@ def test_hand_computed_surroundings_of_a_step() -> None:
     assert three["exposed_gather"] == 0.4  # stage 3 gathers what this step needs
     many = stack.slowed(parts, busy, 1000, 1)
     before = sum(slowed.values()) - 0.1
-    assert many["exposed_other_comm"] == pytest.approx(0.01 * slowest_of(1000) * before)
+    assert many["exposed_other_comm"] == pytest.approx(0.01 * expected_maximum(1000) * before)
 
 
 def test_without_constants_nothing_changes() -> None:
     parts = PARTS | {"forward": 1.0, "backward": 2.0, "exposed_reduce": 0.1}
     assert LONE.slowed(parts, {"reduce": 1.0}, 512, 2) == parts
-
-
-def test_expected_maximum_of_normal_values() -> None:
-    assert slowest_of(1) == 0.0
-    assert slowest_of(2) == pytest.approx(0.5642, abs=0.03)  # 1 / sqrt(pi)
-    assert slowest_of(100) == pytest.approx(2.508, abs=0.01)  # tables of order statistics
 
 
 def test_conformal_width_is_the_order_statistic_of_its_definition() -> None:

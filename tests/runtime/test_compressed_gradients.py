@@ -52,6 +52,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Outcome]:
     return train(4, EVERY, tmp_path_factory.mktemp("compressed"))
 
 
+@pytest.mark.slow  # four processes train
 @pytest.mark.parametrize("compressed", EVERY, ids=str)
 def test_training_is_near_exact_training(compressed: Case, outcomes: dict[Case, Outcome]) -> None:
     got, want = outcomes[compressed], run_plain(compressed)
@@ -60,6 +61,7 @@ def test_training_is_near_exact_training(compressed: Case, outcomes: dict[Case, 
     assert relative_difference(got.params, want.params) > 1e-6  # it was rounded
 
 
+@pytest.mark.slow  # four processes train
 @pytest.mark.parametrize("compressed", EVERY, ids=str)
 def test_bytes_on_the_wire_are_the_forecast(compressed: Case, outcomes: dict[Case, Outcome]) -> None:
     assert_traffic_is_forecast(compressed, outcomes[compressed])

@@ -61,7 +61,7 @@ SLOW = {
     4: [
         _job(4, "mixtral", 1.25, tp=2, ep=2),
         _job(4, "qwen-moe", 1.0, tp=2, ep=2, zero_stage=2, sequence_parallel=False),
-        _job(4, "deepseek-v3", 1.25, tp=2, ep=2, zero_stage=1, recompute="full"),
+        _job(4, "deepseek-v3", 1.25, tp=2, ep=2, zero_stage=1, recompute="selective"),
         _job(4, "mixtral", tp=2, pp=2, recompute="selective"),
         _job(4, "deepseek-v2", tp=2, pp=2, **ZB),
         _job(4, "qwen-moe", 1.0, pp=2, ep=2, zero_stage=1, **ZB),

@@ -86,6 +86,7 @@ def test_every_second_block_recomputed_with_activations_on_the_host() -> None:
         check_all(replace(job, strategy=replace(job.strategy, activation_offload=True)))
 
 
+@pytest.mark.slow
 def test_no_buffer_depends_on_what_the_router_chooses(tmp_path: Path) -> None:
     """A gloo process, whose router chooses, meters what ``fake`` does, whose router has no numbers to choose by."""
     names = [spec.name.removeprefix("tiny-") for spec in experts.ALL]

@@ -45,6 +45,7 @@ def rank_of(rank: int, folder: str) -> None:
     test_fake_cpu.real_rank(rank, 4, folder, CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_fake_equals_cpu_to_the_byte(tmp_path: Path) -> None:
     mp.spawn(rank_of, (str(tmp_path),), nprocs=4)

@@ -41,6 +41,7 @@ def _train(world: int, numbers: list[int], folder: Path) -> None:
         check(job, found)
 
 
+@pytest.mark.slow
 def test_tensor_and_pipeline_ranks_train_as_plain_pytorch(tmp_path: Path) -> None:
     _train(4, QUICK, tmp_path)
 

@@ -38,6 +38,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Outcome]:
     return train(4, [*NEAR, *ROUNDED], tmp_path_factory.mktemp("zeropp"))
 
 
+@pytest.mark.slow  # four processes train
 @pytest.mark.parametrize("near", NEAR, ids=str)
 def test_a_nearer_copy_changes_nothing(near: Case, outcomes: dict[Case, Outcome]) -> None:
     got, want, allowed = outcomes[near], run_plain(near), TOLERANCES[near.strategy.dtype]
@@ -50,6 +51,7 @@ def test_two_ranks_with_a_copy_each_are_bit_equal_to_plain_pytorch(tmp_path: Pat
     assert torch.equal(joined(train(2, [near], tmp_path)[near]), joined(run_plain(near)))
 
 
+@pytest.mark.slow  # four processes train
 @pytest.mark.parametrize("rounded", ROUNDED, ids=str)
 def test_int8_weights_train_nearly_as_exact_ones(rounded: Case, outcomes: dict[Case, Outcome]) -> None:
     got, want = outcomes[rounded], run_plain(rounded)
@@ -57,6 +59,7 @@ def test_int8_weights_train_nearly_as_exact_ones(rounded: Case, outcomes: dict[C
     assert not torch.equal(joined(got), joined(want))
 
 
+@pytest.mark.slow  # four processes train
 @pytest.mark.parametrize("any_case", [*NEAR, *ROUNDED], ids=str)
 def test_bytes_on_the_wire_are_the_forecast(any_case: Case, outcomes: dict[Case, Outcome]) -> None:
     assert_traffic_is_forecast(any_case, outcomes[any_case])
