@@ -29,6 +29,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_training_equals_plain_pytorch_and_moves_the_forecast_bytes(tmp_path: Path) -> None:
     for case_, got in outcomes_of(CASES, tmp_path).items():

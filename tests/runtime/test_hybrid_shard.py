@@ -43,6 +43,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Outcome]:
     return train(4, [*EXACT, *ROUNDED], tmp_path_factory.mktemp("hybrid"))
 
 
+@pytest.mark.slow  # four processes train
 @pytest.mark.parametrize("hybrid", EXACT, ids=str)
 def test_two_groups_of_two_are_bit_equal_to_plain_pytorch(hybrid: Case, outcomes: dict[Case, Outcome]) -> None:
     """Every sum has two terms, inside a group and across, so that order is no matter."""
@@ -51,6 +52,7 @@ def test_two_groups_of_two_are_bit_equal_to_plain_pytorch(hybrid: Case, outcomes
     assert got.losses == pytest.approx(want.losses, rel=1e-6) and got.losses[-1] < got.losses[0]
 
 
+@pytest.mark.slow  # four processes train
 @pytest.mark.parametrize("hybrid", ROUNDED, ids=str)
 def test_accumulation_and_clipping_equal_plain_pytorch_within_rounding(
     hybrid: Case, outcomes: dict[Case, Outcome]
@@ -60,6 +62,7 @@ def test_accumulation_and_clipping_equal_plain_pytorch_within_rounding(
     assert got.losses == pytest.approx(want.losses, rel=allowed.loss)
 
 
+@pytest.mark.slow  # four processes train
 @pytest.mark.parametrize("hybrid", [*EXACT, *ROUNDED], ids=str)
 def test_bytes_on_the_wire_are_the_forecast(hybrid: Case, outcomes: dict[Case, Outcome]) -> None:
     assert_traffic_is_forecast(hybrid, outcomes[hybrid])
