@@ -9,7 +9,7 @@ runs on meta tensors (``validator``'s ``fake`` backend).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -191,17 +191,21 @@ def backward_pass(
         return tuple(again.ops), left
     saved: Counter[Hashable] = Counter(ref for node in nodes for ref in (*node.saves, *node.aux))
     ops: tuple[Op, ...] = ()
-    if recompute != "none":
-        whole, cached = range(len(nodes)), recompute == "selective"
-        stop = _replay_stop(graph, whole)
-        ops = _replay(graph, meter, set(saved), whole[:stop], cached=cached)  # type: ignore[arg-type]  # all are ``Ref``s
-        for ref in kept - set(saved) - {graph.input}:
+
+    def replay() -> None:
+        nonlocal ops
+        whole = range(len(nodes))
+        stop, still = _replay_stop(graph, whole), {ref for node in nodes for ref in (*node.saves, *node.aux)}
+        ops = _replay(graph, meter, still, whole[:stop], cached=recompute == "selective")
+        for ref in kept - still - {graph.input}:
             if tensors[ref].last_use >= stop or ref == graph.output:
                 meter.add(tensors[ref].category, -tensors[ref].n_bytes, ref)
+
+    if recompute != "none":
         saved.update(shared.ref for shared in graph.shared)  # a checkpoint holds what went in until all is done
         if graph.input >= 0 and graph.input not in saved:
             saved[graph.input] = 1
-    left = _play_backward(graph, saved, meter, held=held)
+    left = _play_backward(graph, saved, meter, held=held, replay=replay if recompute != "none" else None)
     late = {name for one in held or () for name, _, _ in one.things}
     for name, count in saved.items():
         if count and name not in late:
@@ -274,9 +278,11 @@ class _Again:
 
 
 def _play_backward(
-    graph: Tape, saved: Counter[Hashable], meter: Meter, again: _Again | None = None, held: list[Held] | None = None
+    graph: Tape, saved: Counter[Hashable], meter: Meter, again: _Again | None = None, held: list[Held] | None = None,
+    replay: Callable[[], None] | None = None,
 ) -> dict[Ref, int]:  # fmt: skip
-    """Nodes in reverse. ``saved`` counts the nodes that hold a storage; what is not there, ``again`` makes. Which gradients (by
+    """Nodes in reverse. ``saved`` counts the nodes that hold a storage; what is not there, ``again`` makes, or ``replay``, all at once,
+    when a node first reads what was saved (a checkpoint unpacks late: what needs nothing goes before). Which gradients (by
     number) of which tensors are left. ``held``: see ``backward_pass``."""
     tensors = graph.tensors
     viewed = {ref for node in graph.nodes for ref in node.inputs}  # others read the view, whose gradient it is
@@ -317,6 +323,9 @@ def _play_backward(
             node = replace(node, param_grad_bytes=made, backward_temp_bytes=late.inputs_temp_bytes)
         if again is not None:
             again.bring_back(index)
+        if replay is not None and (node.saves or node.aux):
+            replay()
+            replay = None
         incoming = [grad_of.pop(ref) for ref in node.outputs if ref in grad_of]
         if node.kept_grads:
             drop_saved(index)

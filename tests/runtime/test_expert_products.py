@@ -110,6 +110,8 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"dtype": "fp32", "kernels_off": ("all",), "zero_stage": 2},
     {"cp": 2, "cp_kind": "ring", "ep": 2, "zero_stage": 2},
     {"tp": 1, "cp": 2, "recompute": "attention", "ep": 4},
+    {"ep": 2, "zero_stage": 1, "recompute": "selective"},
+    {"recompute": "full"},
 )
 NAMES = [name for name in MODELS if name != "biased"]
 GRID = [
