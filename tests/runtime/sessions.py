@@ -6,6 +6,7 @@ import pickle
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,15 @@ from tests.runtime.memory import compare
 from tests.runtime.parity_worker import gloo_group
 
 STEPS = 20
+WAYS: tuple[dict[str, Any], ...] = (
+    {"zero_stage": 0, "dtype": "fp32"},
+    {"zero_stage": 1, "dtype": "fp16", "recompute": "selective"},
+    {"zero_stage": 2, "dtype": "bf16", "grad_clip": 0.0, "grad_dtype": "fp32"},
+    {"zero_stage": 3, "dtype": "fp32", "recompute": "full"},
+    {"zero_stage": 3, "dtype": "bf16", "offload": "optimizer,param", "persistent_numel": 200},
+    {"zero_stage": 1, "dtype": "fp32", "recompute": "selective", "offload": "optimizer"},
+)
+"""Fields of strategies that every parallelism is crossed with."""
 Found = list[Measurement | str]
 """By rank: what it measured, or what went wrong."""
 
@@ -52,6 +62,12 @@ def check(job: Job, found: Found, *, compared: slice = slice(None)) -> None:
         assert traffic == traffic_of(blueprint.program, blueprint.costs), said
     for rank, blueprint in list(zip(ranks, blueprints, strict=True))[compared]:
         compare(rank, memory_of(blueprint))
+
+
+def train_and_check(jobs: Sequence[Job], folder: Path, *, compared: slice = slice(None)) -> None:
+    """``check`` of every job."""
+    for job, found in zip(jobs, train(jobs, folder), strict=True):
+        check(job, found, compared=compared)
 
 
 def _rank(rank: int, world: int, folder: str, jobs: list[Job]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from tests.runtime import tiny
 from tests.runtime.groups import run_ranks
 from tests.runtime.memory import MODELS, compare, metered
 from tests.runtime.parity_worker import gloo_group
-from tests.runtime.sessions import check, train
+from tests.runtime.sessions import WAYS, train_and_check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,15 +41,7 @@ def _spec(spec: ModelSpec, cp: int, tp: int) -> ModelSpec:
 def _cases(world: int) -> list[Job]:
     """Every model, stage, precision and kind of recomputation meets both kinds, beside data and tensor parallelism."""
     jobs = []
-    ways: list[dict[str, Any]] = [
-        {"zero_stage": 0, "dtype": "fp32"},
-        {"zero_stage": 1, "dtype": "fp16", "recompute": "selective"},
-        {"zero_stage": 2, "dtype": "bf16", "grad_clip": 0.0, "grad_dtype": "fp32"},
-        {"zero_stage": 3, "dtype": "fp32", "recompute": "full"},
-        {"zero_stage": 3, "dtype": "bf16", "offload": "optimizer,param", "persistent_numel": 200},
-        {"zero_stage": 1, "dtype": "fp32", "recompute": "selective", "offload": "optimizer"},
-        {"zero_stage": 2, "dtype": "fp32", "recompute": "attention"},
-    ]
+    ways = (*WAYS, {"zero_stage": 2, "dtype": "fp32", "recompute": "attention"})
     meshes = {2: ((2, 1),), 4: ((4, 1), (2, 1), (2, 2))}[world]
     for number, (spec, kind) in enumerate(product(MODELS.values(), KINDS)):
         for other, fields in enumerate(ways):
@@ -70,9 +61,10 @@ QUICK = {2: (17,), 4: (6, 7)}
 
 
 def _train(world: int, numbers: list[int], folder: Path) -> None:
-    jobs = [_cases(world)[number] for number in numbers]
-    for job, found in zip(jobs, train(jobs, folder), strict=True):
-        check(job, found, compared=slice(-1, None))  # the forecast is of a ring's last rank
+    cases = _cases(world)
+    train_and_check(
+        [cases[number] for number in numbers], folder, compared=slice(-1, None)
+    )  # the forecast is of a ring's last rank
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -15,7 +15,7 @@ from estimator.sharding.tensor import parts
 from estimator.sharding.units import model_units
 from tests.runtime import tiny
 from tests.runtime.memory import compare, metered
-from tests.runtime.sessions import check, train
+from tests.runtime.sessions import train_and_check
 from tests.runtime.test_expert_parallel import with_capacity
 from tests.runtime.test_experts_memory import MODELS
 
@@ -81,19 +81,14 @@ SLOW = {
 }
 
 
-def _train(jobs: list[Job], folder: Path) -> None:
-    for job, found in zip(jobs, train(jobs, folder), strict=True):
-        check(job, found)
-
-
 def test_they_train_as_plain_pytorch(tmp_path: Path) -> None:
-    _train(QUICK, tmp_path)
+    train_and_check(QUICK, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", list(SLOW))
 def test_so_do_all_products(world: int, tmp_path: Path) -> None:
-    _train(SLOW[world], tmp_path)
+    train_and_check(SLOW[world], tmp_path)
 
 
 # ---- live bytes of one rank of 16 ---------------------------------------------------------------------------------------

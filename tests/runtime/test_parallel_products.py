@@ -13,7 +13,7 @@ from estimator.job import Job, Strategy
 from estimator.predict import lay_out, memory_of, traffic_of
 from tests.runtime import tiny
 from tests.runtime.memory import MODELS, compare, metered
-from tests.runtime.sessions import check, measured, train
+from tests.runtime.sessions import check, measured, train, train_and_check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,9 +36,7 @@ def _job(world: int, number: int) -> Job:
 
 
 def _train(world: int, numbers: list[int], folder: Path) -> None:
-    jobs = [_job(world, number) for number in numbers]
-    for job, found in zip(jobs, train(jobs, folder), strict=True):
-        check(job, found)
+    train_and_check([_job(world, number) for number in numbers], folder)
 
 
 @pytest.mark.slow
@@ -85,9 +83,7 @@ def _beside(world: int, **fields: Any) -> Job:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_pipelines_with_other_groups_of_ranks(tmp_path: Path) -> None:
-    jobs = [_beside(8, **fields) for fields in BESIDE]
-    for job, found in zip(jobs, train(jobs, tmp_path), strict=True):
-        check(job, found)
+    train_and_check([_beside(8, **fields) for fields in BESIDE], tmp_path)
 
 
 @pytest.mark.slow

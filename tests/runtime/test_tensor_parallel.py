@@ -18,7 +18,7 @@ from runtime import initialize
 from runtime.models import Decoder
 from tests.runtime import tiny
 from tests.runtime.memory import MODELS, compare, metered
-from tests.runtime.sessions import check, train
+from tests.runtime.sessions import WAYS, train_and_check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,16 +31,8 @@ def _spec(spec: ModelSpec, tp: int) -> ModelSpec:
 def _cases(world: int) -> list[Job]:
     """Every model, stage, precision and kind of recomputation meets both kinds of residual stream."""
     jobs = []
-    ways = [
-        {"zero_stage": 0, "dtype": "fp32"},
-        {"zero_stage": 1, "dtype": "fp16", "recompute": "selective"},
-        {"zero_stage": 2, "dtype": "bf16", "grad_clip": 0.0, "grad_dtype": "fp32"},
-        {"zero_stage": 3, "dtype": "fp32", "recompute": "full"},
-        {"zero_stage": 3, "dtype": "bf16", "offload": "optimizer,param", "persistent_numel": 200},
-        {"zero_stage": 1, "dtype": "fp32", "recompute": "selective", "offload": "optimizer"},
-    ]
     for number, (spec, sequence) in enumerate(product(MODELS.values(), (True, False))):
-        for other, fields in enumerate(ways):
+        for other, fields in enumerate(WAYS):
             if (number + other) % 2 and world > 2:
                 continue
             tp = 4 if world == 4 and number % 3 == 0 else 2
@@ -53,9 +45,8 @@ QUICK = {2: (0, 7, 22), 4: (1, 8, 14)}
 
 
 def _train(world: int, numbers: list[int], folder: Path) -> None:
-    jobs = [_cases(world)[number] for number in numbers]
-    for job, found in zip(jobs, train(jobs, folder), strict=True):
-        check(job, found)
+    cases = _cases(world)
+    train_and_check([cases[number] for number in numbers], folder)
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
