@@ -43,7 +43,7 @@ def memory_bar(rows: Sequence[Row], capacity_bytes: int | None) -> alt.LayerChar
         )
         layers.append(line.mark_rule(color="#c9534f", strokeWidth=2, strokeDash=[6, 4]))
         layers.append(
-            line.mark_text(color="#c9534f", align="right", dx=-6, dy=-44, fontWeight="bold").encode(text="text:N")
+            line.mark_text(color="#c9534f", align="right", dx=-6, dy=-37, fontWeight="bold").encode(text="text:N")
         )
     return alt.LayerChart(layer=layers).properties(height=230)
 
@@ -143,7 +143,7 @@ def memory_area(rows: Sequence[Row], capacity_bytes: int | None) -> alt.LayerCha
         alt.Chart(alt.Data(values=values))
         .mark_area(interpolate="step-after")
         .encode(
-            x=alt.X("ms:Q", title="ms into the step", scale=alt.Scale(nice=False)),
+            x=alt.X("ms:Q", title="ms into the step's program", scale=alt.Scale(nice=False)),
             y=alt.Y("high:Q", stack=None, scale=scale, title="GiB on one GPU"),
             y2="low:Q",
             color=alt.Color(

@@ -87,7 +87,7 @@ def memory_figure(curve: MemoryCurve, capacity_bytes: int | None, title: str) ->
     axes.set(
         xlim=(0, max(times[-1], 1e-12)),
         ylim=(0, highest * 1.12),
-        xlabel=f"{unit} into the step",
+        xlabel=f"{unit} into the step's program",
         ylabel="GiB on one GPU",
     )
     axes.set_title(f"Memory over the step\n{title}", fontsize=11)

@@ -16,6 +16,8 @@ NAMED = 3
 """Largest categories, terms and remedies that sentences name."""
 ARITHMETIC = ("ideal", "uneven", "matmul", "attention")
 """Terms that are the GPU's arithmetic."""
+VISIBLE = 1.02
+"""Step over program from which a reader would wonder."""
 _INEXACT = " (training is then not quite the same)"
 
 
@@ -23,10 +25,10 @@ def peak_words(view: StepView, curve: MemoryCurve) -> list[str]:
     """When memory of one GPU is largest, what it is made of then, and whether it fits."""
     report, peak = view.report, curve.peak
     total = peak.total_bytes
-    step_s = view.record.ranks[curve.rank].end_s
-    when = f"{format_seconds(peak.time_s)} into the step"
-    if step_s > 0:
-        when += f" ({peak.time_s / step_s:.0%} of the way)"
+    played_s = view.record.ranks[curve.rank].end_s
+    when = f"{format_seconds(peak.time_s)} into the step's program"
+    if played_s > 0:
+        when += f" ({peak.time_s / played_s:.0%} of the way)"
     largest = sorted(peak.live.items(), key=lambda item: -item[1])[:NAMED]
     made_of = ", ".join(f"{CATEGORY_LABELS[name]} {format_bytes(n)} ({_share(n, total)})" for name, n in largest)
     standing = curve.samples[0].total_bytes
@@ -35,6 +37,10 @@ def peak_words(view: StepView, curve: MemoryCurve) -> list[str]:
         f"{format_bytes(standing)} of it ({_share(standing, total)}) stay from step to step; the step adds {format_bytes(total - standing)}.",
         *_kept_words(view, curve),
     ]
+    if report.step_s and report.step_s > VISIBLE * played_s > 0:
+        words.append(
+            f"The program takes {format_seconds(played_s)} of the step's {format_seconds(report.step_s)}: what slows it has no place in it."
+        )
     if report.device_used_bytes is not None and report.capacity_bytes:
         free = report.capacity_bytes - report.device_used_bytes
         needs = f"One GPU needs {format_bytes(report.device_used_bytes)} of its {format_bytes(report.capacity_bytes)}"

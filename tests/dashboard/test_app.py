@@ -74,7 +74,7 @@ def test_first_page_says_why(monkeypatch) -> None:
     titles = {
         layer["encoding"].get(axis, {}).get("title") for c in charts for layer in c["layer"] for axis in ("x", "y")
     }
-    assert {"ms into the step", "ms of one step", "GiB on one GPU"} <= titles
+    assert {"ms into the step's program", "ms of one step", "GiB on one GPU"} <= titles
 
 
 def test_remedies_come_when_they_are_asked_for(monkeypatch) -> None:
