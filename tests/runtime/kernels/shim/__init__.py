@@ -31,6 +31,10 @@ _FLAGS = (
     "-U_FORTIFY_SOURCE",
 )
 
+SANITIZE = ("-g", "-fsanitize=address", "--param=asan-stack=0")
+"""Also watch reads and writes outside of allocations: for processes that ``ZEROCAST_SHIM_SANITIZE`` is set for, and that g++'s
+``libasan.so`` was preloaded into. (Not the stack's, which the shim's threads switch.)"""
+
 
 class Shim:
     """A ``loader.Launcher``. ``order`` is the order in which the threads of a block (and the blocks) run."""
@@ -76,7 +80,8 @@ def _library(text: str, defines: tuple[tuple[str, str | int], ...]) -> ctypes.CD
     assert COMPILER
     names = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)', text)
     exports = "\n".join(f"SHIM_EXPORT({name})" for name in names)
-    flags = (*_FLAGS, *(f"-D{key}={value}" for key, value in defines))
+    watched = SANITIZE if os.environ.get("ZEROCAST_SHIM_SANITIZE") else ()
+    flags = (*_FLAGS, *watched, *(f"-D{key}={value}" for key, value in defines))
     key = hashlib.sha256("\0".join((text, exports, HEADER.read_text(), *flags)).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"zerocast-shim-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
