@@ -76,7 +76,7 @@ def test_the_campaigns_folder_is_in_its_output_unless_named(tmp_path, capsys, mo
 
 def test_files_are_made_while_it_is_measured_and_gone_afterwards(make_job, tmp_path):
     folder = tmp_path / "not" / "there" / "yet"
-    case = Case(job=in_files(make_job()), backend="cpu", steps=2, warmup=1, time_limit_s=120, nvme_folder=str(folder))
+    case = Case(job=in_files(make_job()), backend="cpu", steps=1, warmup=0, time_limit_s=120, nvme_folder=str(folder))
     report = measure(case)
     assert report.copy_bytes is not None and report.copy_bytes["nvme_write"] > 0
     assert report.copy_bytes["nvme_read"] == report.copy_bytes["nvme_write"]
