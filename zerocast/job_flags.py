@@ -57,12 +57,13 @@ _FLAGS: tuple[tuple[str, Any, str, str], ...] = (
         "true|false",
         "With --recompute full or selective: blocks' inputs wait in host memory.",
     ),
+    ("--persistent-numel", int, "N", "Largest parameter that stays gathered (stage 3, parameter offload)."),
     ("--dtype", str, "fp32|fp16|bf16", "Dtype of parameters, activations and gradients."),
     ("--grad-dtype", str, "model|fp32", "Dtype in which gradients are accumulated and reduced."),
     ("--master-dtype", str, "fp32|model", "model: no fp32 masters, a bf16 model's parameters are stepped themselves."),
     ("--state-dtype", str, "fp32|model", "Dtype of the optimizer's states; model: bf16 beside a bf16 model."),
     ("--optimizer", str, "adamw|adam|sgd|lion|adagrad|lamb|adamw8bit|adafactor|muon", "Optimizer."),
-    ("--persistent-numel", int, "N", "Largest parameter that stays gathered (stage 3, parameter offload)."),
+    ("--grad-clip", float, "X", "Largest global gradient norm; 0: gradients are not clipped."),
     (
         "--framework",
         str,
@@ -127,11 +128,41 @@ _FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ),
     ("--n-servers", int, "N", "With --sync parameter_server: GPUs that are servers too."),
     ("--staleness", int, "K", "With --sync parameter_server: steps by which gradients are late. 0: none."),
-    ("--grad-clip", float, "X", "Largest global gradient norm; 0: gradients are not clipped."),
     ("--seq-len", int, "N", "Tokens per sequence."),
     ("--micro-batch", int, "N", "Sequences per GPU and pass."),
     ("--global-batch", int, "N", "Sequences per optimizer step over all GPUs."),
 )
+
+_HEADINGS = {
+    "--model": "Model and machine",
+    "--zero": "ZeRO, offload and recomputation",
+    "--dtype": "Numbers and optimizer",
+    "--framework": "Framework and kernels",
+    "--shard-size": "Hierarchy and compression",
+    "--tp": "Parallelism",
+    "--sync": "Parameter servers",
+    "--seq-len": "Batch",
+}
+"""Headings of the help, by the flag that each begins with."""
+
+
+class JobCommand(click.Command):
+    """A command with ``job_flags``, whose help has them under headings and its own options at the end."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = {name for name, *_ in _FLAGS}
+        sections: dict[str, list[tuple[str, str]]] = {}
+        own: list[tuple[str, str]] = []
+        heading = ""
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            name = param.opts[0]
+            heading = _HEADINGS.get(name, heading)
+            if record:
+                (sections.setdefault(heading, []) if name in names else own).append(record)
+        for title, records in {**sections, "Options": own}.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, profile_flag
+from zerocast.job_flags import JobCommand, JobFlags, job_and_profile, job_flags, json_flag, profile_flag
 
 if TYPE_CHECKING:
     from estimator.run import RunReport
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "budget",
+    cls=JobCommand,
     short_help="What a whole training run costs: days, dollars, kWh, checkpoints, goodput.",
     epilog="Example: zerocast budget --model llama-3-8b --gpu aws-p5.48xlarge --gpus 512 --tokens 1T --recompute full",
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, module_flag, profile_flag
+from zerocast.job_flags import JobCommand, JobFlags, job_and_profile, job_flags, json_flag, module_flag, profile_flag
 
 if TYPE_CHECKING:
     from estimator.views.memory import MemoryCurve
@@ -21,6 +21,7 @@ BEST = 3
 
 @click.command(
     "explain",
+    cls=JobCommand,
     short_help="Say why a forecast is what it is, and what would change it.",
     epilog="Example: zerocast explain --model llama-3-8b --gpu h100-sxm --gpus 8 --zero 3 --micro-batch 4",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zerocast.failed import Failed
-from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, profile_flag, store_flag
+from zerocast.job_flags import JobCommand, JobFlags, job_and_profile, job_flags, json_flag, profile_flag, store_flag
 
 if TYPE_CHECKING:
     from estimator.report import StepReport
@@ -20,6 +20,7 @@ CPU_PROCESSES = 2
 
 @click.command(
     "measure",
+    cls=JobCommand,
     short_help="Run a training step on this machine and hold it against its forecast.",
     epilog="Example: zerocast measure --model gpt-30m --gpus 2 --zero 2 --seq-len 128 --dtype fp32",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, profile_flag
+from zerocast.job_flags import JobCommand, JobFlags, job_and_profile, job_flags, json_flag, profile_flag
 
 if TYPE_CHECKING:
     from estimator.job import Job
@@ -20,6 +20,7 @@ DEFAULT_SEQUENCES = 8
 
 @click.command(
     "plan",
+    cls=JobCommand,
     short_help="Rank every ZeRO stage x offload x recompute x micro-batch for a model and cluster.",
     epilog="Example: zerocast plan --model llama-3-8b --gpu h100-sxm --gpus 8 --seq-len 4096 --global-batch 64 --top 5",
 )

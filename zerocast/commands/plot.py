@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, module_flag, profile_flag
+from zerocast.job_flags import JobCommand, JobFlags, job_and_profile, job_flags, json_flag, module_flag, profile_flag
 
 
 @click.command(
     "plot",
+    cls=JobCommand,
     short_help="Draw a forecast: memory over the step, where the time goes, the roofline.",
     epilog="Example: zerocast plot --model llama-3-8b --gpu h100-sxm --gpus 8 --zero 3 --write plots",
 )

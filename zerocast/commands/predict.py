@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
-from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, profile_flag
+from zerocast.job_flags import JobCommand, JobFlags, job_and_profile, job_flags, json_flag, profile_flag
 
 
 @click.command(
     "predict",
+    cls=JobCommand,
     short_help="Forecast memory and time of one training step.",
     epilog="Example: zerocast predict --model llama-3-8b --gpu h100-sxm --gpus 8 --zero 3 --recompute full",
 )

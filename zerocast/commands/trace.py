@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
-from zerocast.job_flags import JobFlags, job_and_profile, job_flags, json_flag, module_flag, profile_flag
+from zerocast.job_flags import JobCommand, JobFlags, job_and_profile, job_flags, json_flag, module_flag, profile_flag
 
 
 @click.command(
     "trace",
+    cls=JobCommand,
     short_help="Write the forecast step as a trace for ui.perfetto.dev.",
     epilog="Example: zerocast trace --model llama-3-8b --gpu h100-sxm --gpus 8 --zero 3 --write step.json",
 )
