@@ -6,7 +6,7 @@ import importlib.util
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from estimator.errors import InputError
 from estimator.units import GIB, format_bytes
 from validator import provenance
+from validator.gpu.run import run_checks
 from validator.store.database import Store, default_path
 
 LEAST_DISK_BYTES = 1 * GIB
@@ -46,6 +47,19 @@ def diagnose(store_path: Path | None = None) -> list[Finding]:
         _memory, lambda: _disk(path), lambda: _store(path), _streamlit, lambda: _profiles(path.parent),
     ]  # fmt: skip
     return findings + [check() for check in checks]
+
+
+def examine_gpu() -> Iterator[Finding]:
+    """What works on this machine's GPU, piece by piece, as it is found out; within about a minute.
+
+    Allocates and computes there, in processes of its own. Without a GPU that torch can use: one finding that says so.
+    """
+    torch, _ = _torch()
+    if torch is None or not torch.cuda.is_available():
+        yield Finding(what="GPU checks", status="warn", detail="not run: torch can use no GPU here")
+        return
+    for name, works, sentence in run_checks():
+        yield Finding(what=name, status="ok" if works else "missing", detail=sentence)
 
 
 def _python() -> Finding:

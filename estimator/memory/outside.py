@@ -25,7 +25,7 @@ class Outside(NamedTuple):
     comm_bytes: int
     """NCCL's buffers."""
     workspace_bytes: int
-    """Taken from the caching allocator by the first matrix product, for good."""
+    """Taken from the caching allocator by the first matrix products, for good."""
 
     @property
     def total_bytes(self) -> int:
@@ -44,7 +44,12 @@ def outside_memory(job: Job, program: StepProgram, costs: Sequence[UnitCost]) ->
     per_group = data["communicator"]["bytes"]
     n_bytes = sum(per_group["two_ranks" if size == 2 else "more_ranks"] for size in groups.sizes)
     n_bytes += groups.n_peers * data["peer"]["bytes"]
-    return Outside(gpu.context_bytes, n_bytes, workspace.get(gpu.arch, workspace["other"]))
+    return Outside(gpu.context_bytes, n_bytes, _HANDLES * workspace.get(gpu.arch, workspace["other"]))
+
+
+_HANDLES = 2
+"""cuBLAS handles of a step, each with its workspace: PyTorch gives every thread its own, and autograd's thread runs the backward pass
+(aten/src/ATen/cuda/CublasHandlePool.cpp; seen in torch 2.11's own allocator)."""
 
 
 class Communicators(NamedTuple):

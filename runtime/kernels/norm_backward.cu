@@ -47,8 +47,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #elif BIAS
   // Rows this wide leave no registers for it: every thread keeps its columns' sums in shared memory.
   DYNAMIC_SHARED(float, bias_sums);
+#define BIAS_SUMS(column) (*reinterpret_cast<Pack<float, PACK>*>(bias_sums + (column)))
   for (int c = 0; c < CHUNKS; ++c)
-    if (column_of(c) < WIDTH) store(bias_sums + column_of(c), Pack<float, PACK>{});
+    if (column_of(c) < WIDTH) BIAS_SUMS(column_of(c)) = Pack<float, PACK>{};
 #endif
   for (i64 first = (i64)blockIdx.x * ROWS; first < rows; first += (i64)gridDim.x * ROWS) {
     i64 row = first + threadIdx.x / LANES, start = row * WIDTH;
@@ -87,10 +88,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
       }
 #if BIAS && RELOAD
-      Pack<float, PACK> so_far = load<PACK>(bias_sums + column_of(c));
+      Pack<float, PACK> so_far = BIAS_SUMS(column_of(c));
 #pragma unroll
       for (int j = 0; j < PACK; ++j) so_far.at[j] += grad.at[j];
-      store(bias_sums + column_of(c), so_far);
+      BIAS_SUMS(column_of(c)) = so_far;
 #endif
     }
 #if RMS
@@ -132,6 +133,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #elif BIAS
   for (int c = 0; c < CHUNKS; ++c)
     if (column_of(c) < WIDTH)
-      store(partial_bias + (i64)blockIdx.x * WIDTH + column_of(c), load<PACK>(bias_sums + column_of(c)));
+      store(partial_bias + (i64)blockIdx.x * WIDTH + column_of(c), BIAS_SUMS(column_of(c)));
 #endif
 }
