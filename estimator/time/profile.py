@@ -156,6 +156,29 @@ class OverheadPoint(NamedTuple):
     source: str = ""
 
 
+class StepPoint(NamedTuple):
+    """One part of a step of a small job that this runtime trained here."""
+
+    name: str
+    """Of the job (``validator.calibrate.steps``)."""
+    part: str
+    """One of ``estimator.report.TIME_PARTS``, or ``step``: the whole."""
+    seconds: float
+    """Median."""
+    forecast_s: float
+    """With constants that the job took no part in."""
+    workers: int = 1
+    spread: float = 0.0
+
+
+class StackPoint(NamedTuple):
+    """What training makes of lone kernels, by the steps of as many processes at once."""
+
+    workers: int
+    constants: Mapping[str, float]
+    """Of ``estimator.time.stack.Stack``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """The GPU on which published attention points were taken: turns their rates into fractions of a peak."""
@@ -252,6 +275,9 @@ class HardwareProfile:
     optimizer_steps: tuple[OptimizerPoint, ...] = ()
     files: tuple[FilePoint, ...] = ()
     overheads: tuple[OverheadPoint, ...] = ()
+    steps: tuple[StepPoint, ...] = ()
+    stacks: tuple[StackPoint, ...] = ()
+    """Constants with which ``steps`` are forecast best; empty: too few steps were measured."""
     skipped: Mapping[str, str] = field(default_factory=dict)
     """What calibration did not measure -> why."""
     spread: Mapping[str, float] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from estimator.errors import InputError, unknown_choice
 from estimator.job.cluster import Gpu, Host
@@ -26,7 +26,10 @@ from estimator.time.profile import (
     OptimizerPoint,
     OverheadPoint,
     Reference,
+    StackPoint,
+    StepPoint,
 )
+from estimator.time.stack import RANGES
 
 FORMAT = "zerocast-hardware-profile"
 VERSION = 1
@@ -41,6 +44,8 @@ _POINTS: dict[str, Any] = {
     "optimizer_steps": OptimizerPoint,
     "files": FilePoint,
     "overheads": OverheadPoint,
+    "steps": StepPoint,
+    "stacks": StackPoint,
 }
 _PARTS: dict[str, Any] = {"gpu": Gpu, "host": Host, "reference": Reference, "chip": ChipModel, "link": LinkModel}
 _ORIGINS = ("measured", "published", "default")
@@ -95,20 +100,43 @@ def profile_from_dict(data: Any, where: str = "profile") -> HardwareProfile:
         raise InputError(f"{where} has no {missing[0]!r}")
     if values["origin"] not in _ORIGINS:
         raise unknown_choice(f"{where}: origin", values["origin"], _ORIGINS)
+    for name in (name for point in values.get("stacks", ()) for name in point.constants):
+        if name not in RANGES:
+            raise unknown_choice(f"{where}: stacks: constant", name, RANGES)
     return HardwareProfile(**values)
+
+
+class _Shape(NamedTuple):
+    """What the JSON object of a kind of points holds."""
+
+    kinds: dict[str, type | None]
+    """By key: the type of its values, ``None`` where that is not a plain one."""
+    required: tuple[str, ...]
+    positive: tuple[str, ...]
+    """Rates and seconds."""
+
+
+@lru_cache(maxsize=len(_POINTS))
+def _shape_of(cls: Any) -> _Shape:
+    plain = {"float": float, "int": int, "str": str}
+    kinds = {name: plain.get(_annotation(cls, name)) for name in cls._fields}
+    required = tuple(name for name in cls._fields if name not in cls._field_defaults)
+    return _Shape(
+        kinds, required, tuple(n for n in cls._fields if n.endswith("_per_s") or n in ("seconds", "forecast_s"))
+    )
 
 
 def _point(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise InputError(f"{where} is {data!r}; allowed: an object with {', '.join(cls._fields)}")
-    values = {k: _field(cls, k, v, where) for k, v in data.items()}
-    for name in cls._fields:
-        if name not in values and name not in cls._field_defaults:
+    shape = _shape_of(cls)
+    values = {k: v if type(v) is shape.kinds.get(k) else _field(cls, k, v, where) for k, v in data.items()}
+    for name in shape.required:
+        if name not in values:
             raise InputError(f"{where} has no {name!r}")
+    for name in shape.positive:
         number = values.get(name)
-        if (name.endswith("_per_s") or name == "seconds") and not (
-            isinstance(number, float) and 0 < number < float("inf")
-        ):
+        if not (isinstance(number, float) and 0 < number < float("inf")):
             raise InputError(f"{where}: {name} is {number!r}; allowed: a number > 0")
     return cls(**values)
 

@@ -30,7 +30,7 @@ __all__ = ["DEFAULT_BUDGET_S", "calibrate", "describe", "import_nccl_tests"]
 Progress = Callable[[str, int, int], None]
 """Called with what was just measured, points done and points planned."""
 
-DEFAULT_BUDGET_S = {"cpu": 60.0, "cuda": 240.0}
+DEFAULT_BUDGET_S = {"cpu": 90.0, "cuda": 240.0}
 _ALONE_SHARE = 0.75
 """Of a GPU's budget, where other rounds measure collectives over several."""
 _RESTARTS = 5
@@ -77,7 +77,11 @@ def calibrate(
         require_same_gpu(imported, gpu.name if gpu else "cpu")
     counts = _counts(workers, n_gpus)
     cores = available_cores()
-    rounds = {n: tasks_for(device, n, dtypes, effort, cores=cores, files=folder is not None) for n in counts}
+    training = (1, max((n for n in counts if n <= max(2, cores)), default=1))
+    rounds = {
+        n: tasks_for(device, n, dtypes, effort, cores=cores, files=folder is not None, steps=n in training)
+        for n in counts
+    }
     off = _kernels_off() if device == "cuda" else ""
     partial = Partial(out, _machine(device, cores, gpu, folder) | ({"kernels off": off} if off else {}))
     notes = (*_busy(cores), *partial.notes)
@@ -95,11 +99,13 @@ def calibrate(
     for n, share in _shares(counts, n_gpus).items():
         todo = [t for t in rounds[n] if t.key(n) not in partial.done]
         at_least_s = (share - before) * budget_s / 2
-        this = Round(n, max(1, cores // n), device, "", todo, start + share * budget_s, at_least_s, folder)
+        this = Round(n, max(1, cores // n), device, "", todo, start + share * budget_s, at_least_s, folder, gpu)
         _measure_round(this, partial, tell)
         before = share
     skipped = left_out(list(planned), partial.done, budget_s, device, n_gpus, folder is not None)
-    profile = build_profile(partial.done, cores, gpu, notes, skipped)
+    from validator.calibrate.steps import with_steps  # which takes its time to load
+
+    profile = with_steps(build_profile(partial.done, cores, gpu, notes, skipped), partial.done)
     if imported is not None:
         profile = with_nccl_tests(profile, imported)
     if out is not None:

@@ -26,11 +26,18 @@ from validator import provenance
 from validator.calibrate.tasks import Task, task_of
 
 KERNEL_KINDS = {
-    "add": "elementwise", "gelu": "activation", "swiglu": "gated_activation", "layer_norm": "norm",
+    "add": "elementwise", "gelu_tanh": "activation", "swiglu": "gated_activation", "layer_norm": "norm",
     "cross_entropy": "loss", "adamw": "fused_step",
 }  # fmt: skip
-"""Kernels whose points serve an ``Op`` name or kind of the estimator; the others keep their own name."""
-GPU_KERNEL_KINDS = KERNEL_KINDS | {"optimizer_step": "adam_step", "sgd": "sgd_step", "dropout_add": "dropout_residual"}
+"""Kernels whose points serve an ``Op`` name or kind of the estimator; the others keep their own name. Activations take a CPU as long
+as their arithmetic: that of GPT-2 stands for all."""
+GPU_KERNEL_KINDS = KERNEL_KINDS | {
+    "gelu": "activation",
+    "gelu_tanh": "gelu_tanh",
+    "optimizer_step": "adam_step",
+    "sgd": "sgd_step",
+    "dropout_add": "dropout_residual",
+}
 """On a GPU, where the runtime's own kernels do the work."""
 
 _INDISPENSABLE = ("matmul", "attention", "bandwidth", "copies", "host_points")
@@ -49,6 +56,8 @@ def build_profile(
         if "skipped" in result:
             continue
         workers, task = task_of(key)
+        if task.kind == "step":  # ``validator.calibrate.steps`` reads these
+            continue
         task = task._replace(sizes=tuple(result.get("sizes", task.sizes)))
         shrunk += "sizes" in result
         if (workers, task) in seen:  # a smaller size than planned that was measured for itself

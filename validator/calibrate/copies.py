@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from runtime.streams import SideStreams
 from validator.calibrate.prepared import Prepared, Skip
+from validator.calibrate.products import COLD_BYTES
 from validator.calibrate.tasks import Task
 
 
@@ -20,16 +22,28 @@ def prepare_copy(task: Task, device: str) -> Prepared:
         if not cuda:
             raise Skip("on a CPU both ends of a copy are the same memory")
         return _both(n_bytes, device, task.pinned)
+    if not cuda:
+        return _cold(n_bytes)
     there = torch.ones(n_bytes // 4, device=device)
     if task.name == "d2d":
         target = torch.empty_like(there)
         return Prepared(lambda: target.copy_(there), float(n_bytes))
-    here = _host_tensor(n_bytes, cuda and task.pinned)
+    here = _host_tensor(n_bytes, task.pinned)
     source, target = (here, there) if task.name == "h2d" else (there, here)
-    at_once = cuda and task.pinned
-    return Prepared(
-        lambda: target.copy_(source, non_blocking=at_once), float(n_bytes), on_host=cuda and not task.pinned
-    )
+    return Prepared(lambda: target.copy_(source, non_blocking=task.pinned), float(n_bytes), on_host=not task.pinned)
+
+
+def _cold(n_bytes: int) -> Prepared:
+    """A CPU's copies, either way from memory to memory: what a step copies was last used a step ago."""
+    turns = max(1, COLD_BYTES // n_bytes)
+    source, target = (torch.ones(turns, n_bytes // 4).unbind() for _ in range(2))
+    ends = itertools.cycle(zip(target, source, strict=True))
+
+    def call() -> None:
+        to, of = next(ends)
+        to.copy_(of)
+
+    return Prepared(call, float(n_bytes))
 
 
 def _both(n_bytes: int, device: str, pinned: bool) -> Prepared:

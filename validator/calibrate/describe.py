@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from estimator.time.profile import HardwareProfile
+from estimator.time.stack import LONE
 from estimator.units import format_bytes, format_seconds
 
 
@@ -72,6 +74,7 @@ def _lines(profile: HardwareProfile) -> Iterator[str]:
             f"{p.name}{f' of {format_bytes(p.bytes)}' if p.bytes else ''} {format_seconds(p.seconds)}"
             for p in profile.overheads
         )
+    yield from _steps(profile)
     if profile.spread:
         yield "spread (interquartile range / median): " + ", ".join(
             f"{k} {100 * v:.0f} %" for k, v in profile.spread.items()
@@ -80,6 +83,22 @@ def _lines(profile: HardwareProfile) -> Iterator[str]:
         yield f"note: {note}"
     for what, why in profile.skipped.items():
         yield f"not measured: {what}: {why}"
+
+
+def _steps(profile: HardwareProfile) -> Iterator[str]:
+    """How well steps are forecast by what the others tell, and what they tell together."""
+    whole = [abs(p.forecast_s / p.seconds - 1) for p in profile.steps if p.part == "step"]
+    if not whole:
+        return
+    how = "from the others" if profile.stacks else "from kernels alone"
+    yield (
+        f"steps of {len(whole)} small job{'s' * (len(whole) != 1)}, each forecast {how}: off by {100 * median(whole):.1f} % in the median, "
+        f"{100 * max(whole):.1f} % at most"
+    )
+    for workers, constants in profile.stacks:
+        told = {name: value for name, value in constants.items() if abs(value - getattr(LONE, name)) > 5e-7}
+        shown = (f"{k} {format_seconds(v) if k.endswith('_s') else f'{v:.3g}'}" for k, v in told.items())
+        yield f"training beside lone kernels, {workers} at once: {', '.join(shown) or 'as fast'}"
 
 
 def _copies(profile: HardwareProfile, direction: str, words: str) -> Iterator[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from runtime import functional
 from validator.calibrate import copies, files, host, products
 from validator.calibrate.collectives import prepare_collective
 from validator.calibrate.prepared import Prepared
+from validator.calibrate.products import COLD_BYTES
 from validator.calibrate.tasks import Task
 from validator.kernels.implementation import check, default
 from validator.kernels.table import kernel
@@ -27,8 +31,17 @@ _BACKWARD_FLOPS = 2.5
 def prepare(task: Task, device: str, folder: Path | None = None) -> Prepared:
     """Inputs of ``task`` on ``device`` (a torch device) and the call that does it. ``folder``: for files.
 
-    Raises ``Skip`` where the device has no such thing.
+    A CPU's results go to memory that is in no cache: those of a step are kept for its backward pass, and what is written next comes
+    from memory. Raises ``Skip`` where the device has no such thing.
     """
+    prepared = _prepare(task, device, folder)
+    if device == "cpu" and task.kind in ("matmul", "attention", "bandwidth") and prepared.before is None:
+        started_s = _autograd_s() if task.backward else 0.0
+        return prepared._replace(call=keeping(prepared.call), less_s=started_s)
+    return prepared
+
+
+def _prepare(task: Task, device: str, folder: Path | None) -> Prepared:
     if device != "cpu":
         torch.backends.cuda.matmul.allow_tf32 = task.dtype == "tf32"
     if task.kind == "matmul":
@@ -72,11 +85,57 @@ def _bandwidth(task: Task, device: str) -> Prepared:
     on_gpu = device != "cpu"
     implementation = default(task.name, "cuda" if on_gpu else "cpu")
     found = kernel(task.name, task.backward).prepare(task.sizes[0], task.dtype, device, implementation)
+    if not on_gpu and task.name in _IN_PLACE:
+        rest = (kernel(task.name).prepare(found.shape, task.dtype, device) for _ in range(_turns(found.n_bytes) - 1))
+        calls = itertools.cycle([found.call, *(one.call for one in rest)])
+        return Prepared(lambda: next(calls)(), found.n_bytes)
     if on_gpu:
         if found.before is not None:
             found.before()
         check(task.name, implementation, found.call)
     return Prepared(found.call, float(found.n_bytes), before=found.before)
+
+
+_IN_PLACE = ("accumulate_grad",)
+"""Kernels of the table that write to one of their operands, each of which a step uses once."""
+_MOST_TURNS = 512
+
+
+@lru_cache(maxsize=1)
+def _autograd_s() -> float:
+    """Seconds in which autograd starts and ends: a step's backward pass does so once, a timed one for every operator."""
+    x = torch.ones(8, requires_grad=True)
+    y, grad = x * 1.0, torch.ones(8)
+    return min(time_call(lambda: torch.autograd.grad(y, x, grad, retain_graph=True), "cpu", 0.01, min_repeats=25))
+
+
+def keeping(call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call``, whose last results are kept until they fill more than a last-level cache; where it makes none, itself."""
+    once, again = _storages(call()), _storages(call())
+    n_bytes = sum(storage.nbytes() for storage in again.values())
+    if not n_bytes or (once.keys() == again.keys() and once):
+        return call
+    turns = _turns(n_bytes)
+    kept: deque[Any] = deque(
+        ([torch.empty(storage.nbytes(), dtype=torch.uint8) for storage in again.values()] for _ in range(turns)), turns
+    )
+    return lambda: kept.append(call())
+
+
+def _turns(n_bytes: int) -> int:
+    return max(1, min(_MOST_TURNS, COLD_BYTES // n_bytes))
+
+
+def _storages(result: Any) -> dict[int, torch.UntypedStorage]:
+    """Memory of a call's results, by where it begins."""
+    tensors = result if isinstance(result, tuple | list) else (result,)
+    found = (tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor))
+    return {storage.data_ptr(): storage for storage in found}
+
+
+def touch_memory() -> None:
+    """Have the system map as much memory as ``keeping`` keeps, so that no timed call has to wait for a page."""
+    torch.ones(3 * COLD_BYTES, dtype=torch.uint8)
 
 
 def warm_up(device: str, seconds: float) -> None:
@@ -118,7 +177,7 @@ def time_task(prepared: Prepared, device: str, slice_s: float, agree: Callable[[
         call if inner == 1 else lambda: _repeat(call, inner), device, slice_s, agree=agree, on_host=prepared.on_host,
         before=before,
     )  # fmt: skip
-    return [s / inner for s in seconds]
+    return [max(s / inner - prepared.less_s, s / inner / 2) for s in seconds]
 
 
 def _repeat(call: Callable[[], object], times: int) -> None:

@@ -9,6 +9,7 @@ algorithm bandwidth is 2 (n - 1) / n for all-reduce, (n - 1) / n where parts tra
 from __future__ import annotations
 
 import datetime
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -30,8 +31,11 @@ OPS = {
 }  # fmt: skip
 """Spellings of a collective in commands and file names -> its name here."""
 _DTYPES = {"float": "fp32", "half": "fp16", "bfloat16": "bf16", "double": "fp64", "f8e4m3": "fp8"}
-_PREFIX = re.compile(r"^(\[\d+,\d+\]<std(out|err)>:\s?|\s*\d+: (?=\s*[#\d]))")
-"""What mpirun and srun put before a line."""
+_PREFIX = re.compile(
+    r"^(\[(\S+@)?\d+,\d+\]<std(out|err)>:\s?|\s*\d+: (?=\s*[#\d])|\[[\w./-]*[a-z][\w./-]*\] (?=\s*[#$\d])"
+    r"|\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\S* )+"
+)
+"""What mpirun, srun, kubectl and loggers put before a line."""
 _RANK = re.compile(
     r"^#\s+Rank\s+(\d+)\s+(?:Group\s+(\d+)\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device\s+\d+\s+\[[^\]]*\]\s*(.*)$"
 )
@@ -49,6 +53,8 @@ class Row(NamedTuple):
     n_bytes: int
     dtype: str
     redop: str
+    root: int
+    """-1: none."""
     seconds: float
     algorithm_bytes_per_s: float
     bus_bytes_per_s: float
@@ -291,15 +297,16 @@ def _row(words: list[str], columns: list[str], number: int, place: str) -> Row |
         return None
     if columns[first + 3 : first + 4] == ["#wrong"] and right[3] not in ("0", "N/A"):
         raise InputError(f"{place}: {right[3]} wrong values; such a run is no measurement")
-    if not time_us > 0:
-        raise InputError(f"{place}: time is {time_us:g} us; allowed: a number > 0")
+    if not 0 < time_us < math.inf:
+        raise InputError(f"{place}: time is {time_us:g} us; allowed: a finite number > 0")
     rate = n_bytes / (time_us * 1e-6)
     if algorithm >= 1 and abs(algorithm * 1e9 / rate - 1) > _TOLERANCE:
         raise InputError(
             f"{place}: {n_bytes} bytes in {time_us:g} us are {rate / 1e9:.2f} GB/s, but algbw says {algorithm:g}"
         )
     redop = left[3] if len(left) > 3 and "redop" in columns else ""
-    return Row(number, n_bytes, _DTYPES.get(left[2], left[2]), redop, time_us * 1e-6, algorithm * 1e9, bus * 1e9)
+    root = int(left[-1]) if "root" in columns and len(left) == first and left[-1].lstrip("-").isdigit() else -1
+    return Row(number, n_bytes, _DTYPES.get(left[2], left[2]), redop, root, time_us * 1e-6, algorithm * 1e9, bus * 1e9)
 
 
 def _collective(run: Run, path: Path) -> str:
@@ -308,6 +315,14 @@ def _collective(run: Run, path: Path) -> str:
     fitting = _fitting(run, ranks)
     if run.said and run.said not in OPS:
         raise InputError(f"{run.where} is of {run.said}_perf; allowed: {', '.join(sorted(set(OPS.values())))}")
+    rooted = next((row for row in run.rows if row.root >= 0), None)
+    if rooted is not None:
+        raise InputError(
+            f"{run.where}, line {rooted.line}: root is {rooted.root}: a broadcast, reduce, gather or scatter; allowed: "
+            f"{', '.join(sorted(set(OPS.values())))}"
+        )
+    if ranks == 1:
+        raise InputError(f"{run.where} is of one rank, which sends nothing; allowed: at least 2")
     named = OPS.get(run.said) or _named_by(path.name)
     if named is None and len(fitting) == 1:
         return fitting[0]

@@ -22,3 +22,5 @@ class Prepared(NamedTuple):
     """Runs ahead of every repeat and is not timed."""
     after: Callable[[], Any] | None = None
     """Runs once when the task is over: puts back what preparing it changed."""
+    less_s: float = 0.0
+    """Seconds of the call that are not the work's: of starting autograd, say."""

@@ -16,10 +16,14 @@ CPU_SHAPES: Shapes = (
 """m, n, k as transformer layers have them: tokens x width x width forward, width x width x tokens for weight gradients."""
 
 CPU_LAYOUTS: Layouts = (
-    ("nn", 1024, 512, 512), ("tn", 512, 512, 2048), ("nn", 512, 512, 1536), ("tn", 2048, 512, 512),
-    ("nt", 509, 1021, 251), ("nt", 1, 1024, 1024), ("nn", 2048, 256, 1024), ("tn", 1000, 768, 333),
+    ("nn", 512, 512, 512), ("tn", 512, 512, 512), ("nn", 256, 2048, 512), ("tn", 512, 2048, 256), ("nn", 512, 512, 2048),
+    ("tn", 2048, 512, 512), ("nn", 128, 512, 512), ("tn", 512, 512, 128), ("nn", 1024, 1024, 1024), ("tn", 1024, 1024, 1024),
+    ("nn", 1024, 1536, 384), ("tn", 384, 1536, 1024), ("nn", 2048, 256, 1024), ("tn", 1000, 768, 333),
 )  # fmt: skip
-"""Layout, m, n, k: gradients of inputs (nn) and weights (tn), skinny and odd products."""
+"""Layout, m, n, k: gradients of inputs (nn) and of weights (tn), whose operands lie otherwise."""
+
+CPU_ODD: Layouts = (("nt", 509, 1021, 251), ("nt", 1, 1024, 1024))
+"""Skinny and odd products."""
 
 CUDA_SHAPES: Shapes = (
     (4096, 4096, 4096), (1024, 1024, 1024), (2048, 2048, 2048), (8192, 8192, 8192), (4096, 14336, 4096),
@@ -52,14 +56,15 @@ CUDA_ATTENTION: Shapes = (
 QUICK_ATTENTION: Shapes = ((128, 8, 8, 64), (128, 8, 2, 64))
 
 MAIN_KERNELS = (
-    ("add", False), ("accumulate_grad", False), ("gelu", False), ("gelu", True), ("layer_norm", False),
+    ("add", False), ("accumulate_grad", False), ("gelu_tanh", False), ("gelu_tanh", True), ("layer_norm", False),
     ("layer_norm", True), ("rms_norm", False), ("rms_norm", True), ("cross_entropy", False), ("cross_entropy", True),
     ("swiglu", False), ("swiglu", True), ("embedding", False), ("embedding", True), ("rotary", False), ("rotary", True),
     ("optimizer_step", False), ("grad_norm", False),
 )  # fmt: skip
 """Of ``validator.kernels.table``: what forecasts look up, forward and backward."""
 GPU_KERNELS = (
-    ("add_rms_norm", False), ("add_rms_norm", True), ("add_layer_norm", False), ("add_layer_norm", True), ("sgd", False),
+    ("gelu", False), ("gelu", True), ("add_rms_norm", False), ("add_rms_norm", True), ("add_layer_norm", False),
+    ("add_layer_norm", True), ("sgd", False),
 )  # fmt: skip
 """And on a GPU, where these are kernels of their own."""
 UNUSED_KERNELS = (

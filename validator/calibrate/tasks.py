@@ -23,10 +23,10 @@ class Task(NamedTuple):
 
     kind: str
     """``matmul`` (m, n, k); ``attention`` (seq_len, heads, key/value heads, head_dim); ``bandwidth``, ``collective``,
-    ``copy`` (bytes,); ``optimizer`` (threads, elements); ``file`` (block bytes, queue, file bytes); ``overhead`` (bytes,); ``host`` ()."""
+    ``copy`` (bytes,); ``optimizer`` (threads, elements); ``file`` (block bytes, queue, file bytes); ``overhead`` (bytes,); ``host``, ``step`` ()."""
     name: str
     """Layout of a product; ``forward``/``backward`` of attention; a kernel of ``validator.kernels``; a collective; the
-    direction of a copy or file, ``checksum`` of its blocks, ``commit`` of a version; what a host figure or overhead is of."""
+    direction of a copy or file, ``checksum`` of its blocks, ``commit`` of a version; what a host figure or overhead is of; a job of ``validator.calibrate.steps``."""
     dtype: str
     sizes: tuple[int, ...] = ()
     backward: bool = False
@@ -48,7 +48,7 @@ class Task(NamedTuple):
         pinned = "pageable" if self.kind == "copy" and not self.pinned else ""
         direction = "backward" if self.backward and self.name != "backward" else ""
         at_once = f"({workers} at once)" if workers > 1 else ""
-        dtype = "" if self.kind in ("copy", "file", "overhead", "host") else self.dtype
+        dtype = "" if self.kind in ("copy", "file", "overhead", "host", "step") else self.dtype
         return " ".join(x for x in (self.kind, self.name, direction, pinned, size, dtype, at_once) if x)
 
 
@@ -59,12 +59,13 @@ def task_of(key: str) -> tuple[int, Task]:
 
 
 def tasks_for(
-    device: Device, workers: int, dtypes: tuple[str, ...], effort: Effort, *, cores: int = 1, files: bool = False
-) -> list[Task]:
+    device: Device, workers: int, dtypes: tuple[str, ...], effort: Effort, *, cores: int = 1, files: bool = False,
+    steps: bool = True,
+) -> list[Task]:  # fmt: skip
     """Tasks of one round, in which ``workers`` processes run each task at once.
 
     On a GPU only collectives have more than one worker. ``cores`` bounds the threads of optimizer steps; ``files``
-    says whether there is a folder to read and write in.
+    says whether there is a folder to read and write in, ``steps`` whether small jobs are trained.
     """
     quick, cuda = effort == "quick", device == "cuda"
     collectives = _collectives(device, dtypes, quick) if workers > 1 else []
@@ -86,28 +87,36 @@ def tasks_for(
         collectives[:12],
     ]  # fmt: skip
     essential = list(dict.fromkeys(task for group in first for task in group))
+    trained = _steps(device, dtypes, quick) if steps else []
     groups = (matmul, bandwidth, attention, collectives, copies, optimizer, overheads, file_tasks)
-    rest = [task for task in _interleaved(groups) if task not in set(essential)]
+    rest = [task for task in _interleaved(groups, trained) if task not in set(essential)]
     return [t._replace(essential=True) for t in essential] + rest
 
 
-def _interleaved(groups: Sequence[list[Task]]) -> list[Task]:
-    """Evenly mixed, so that a spent budget thins out every kind alike."""
-    ordered = sorted((i / len(group), j, task) for j, group in enumerate(groups) for i, task in enumerate(group))
-    return [task for _, _, task in ordered]
+def _steps(device: str, dtypes: tuple[str, ...], quick: bool) -> list[Task]:
+    from validator.calibrate.steps import QUICK, jobs_of
+
+    found = [Task("step", name, job.dtype) for name, job in jobs_of(device).items() if job.dtype in dtypes]
+    return found[: QUICK if quick else None]
+
+
+def _interleaved(groups: Sequence[list[Task]], soon: Sequence[Task] = ()) -> list[Task]:
+    """Evenly mixed, so that a spent budget thins out every kind alike; ``soon`` over the first half."""
+    ordered = [(i / len(group), j, task) for j, group in enumerate(groups) for i, task in enumerate(group)]
+    ordered += [(i / len(soon) / 2, len(groups), task) for i, task in enumerate(soon)]
+    return [task for _, _, task in sorted(ordered)]
 
 
 def _matmul(device: str, workers: int, dtypes: tuple[str, ...], quick: bool) -> list[Task]:
-    """Layer shapes in every dtype; other layouts, odd shapes and dtypes that only products have, where one runs alone."""
+    """Layer shapes in every dtype and layout; odd shapes and dtypes that only products have, where one runs alone."""
     shapes = of.CPU_SHAPES if device == "cpu" else of.CUDA_SHAPES
-    others = of.CPU_LAYOUTS if device == "cpu" else of.CUDA_LAYOUTS
+    others = (of.CPU_LAYOUTS if workers > 1 else of.CPU_LAYOUTS + of.CPU_ODD) if device == "cpu" else of.CUDA_LAYOUTS
     if quick:
         shapes = tuple((m // 8, n // 8, k // 8) for m, n, k in shapes[:3])
         others = tuple((layout, m // 8, n // 8, k // 8) for layout, m, n, k in others[:3])
-    found = [Task("matmul", "nt", d, shape) for shape in shapes for d in dtypes]
-    if workers > 1:
-        return found
-    found += [Task("matmul", layout, d, (m, n, k)) for layout, m, n, k in others for d in dtypes if d != "fp16"]
+    plain = [Task("matmul", "nt", d, shape) for shape in shapes for d in dtypes]
+    laid_out = [Task("matmul", layout, d, (m, n, k)) for layout, m, n, k in others for d in dtypes if d != "fp16"]
+    found = _interleaved([plain, laid_out]) if device == "cpu" else plain + laid_out
     if device == "cuda":
         found += [Task("matmul", "nt", "tf32", shape) for shape in shapes[:10]]
         found += [Task("matmul", "nt", "fp8", shape) for shape in shapes[:12]]

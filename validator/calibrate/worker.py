@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from estimator.job.cluster import Gpu
 from validator.calibrate.tasks import Task
 from validator.provenance import available_memory_bytes
 
@@ -40,6 +41,8 @@ class Round(NamedTuple):
     """Measured even where starting the processes ate up the time until ``deadline``."""
     folder: Path | None
     """For files."""
+    gpu: Gpu | None = None
+    """The catalogue's description of the device; ``None`` for a CPU."""
 
 
 def run(rank: int, this: Round, results: Any) -> None:
@@ -54,7 +57,7 @@ def run(rank: int, this: Round, results: Any) -> None:
     import torch.distributed as dist
 
     from runtime.host_memory import keep_freed_memory
-    from validator.calibrate.measure import warm_up
+    from validator.calibrate.measure import touch_memory, warm_up
 
     keep_freed_memory()
     torch.set_num_threads(this.threads)
@@ -62,6 +65,8 @@ def run(rank: int, this: Round, results: Any) -> None:
     cuda = device != "cpu"
     if cuda:
         torch.cuda.set_device(rank)
+    else:
+        touch_memory()
     if this.workers > 1:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"file://{this.rendezvous}", rank=rank,
@@ -88,7 +93,10 @@ def run(rank: int, this: Round, results: Any) -> None:
             return  # killed: nobody waits for the rest
         slice_s = max(_ESSENTIAL_S if task.essential else 0.004, min(0.25, left_s / (len(this.tasks) - i) / 2))
         free_bytes = agree(_free_bytes(device))
-        report, lost = _measure(task, this, device, slice_s, agree, free_bytes)
+        if task.kind == "step":
+            report, lost = _train(task, this, rank)
+        else:
+            report, lost = _measure(task, this, device, slice_s, agree, free_bytes)
         if rank == 0:
             results.put((task.key(this.workers), report))
         if lost:
@@ -142,6 +150,21 @@ def _measure(
     if smaller is not None and smaller.sizes != task.sizes:
         report["sizes"] = list(smaller.sizes)
     return report, False
+
+
+def _train(task: Task, this: Round, rank: int) -> tuple[dict[str, Any], bool]:
+    """As ``_measure``, of a small job. All workers train it together."""
+    from runtime.session import SessionOptions, run_session
+    from validator.calibrate.steps import MEASURED_STEPS, WARMUP_STEPS, jobs_of
+
+    options = SessionOptions(steps=MEASURED_STEPS, warmup=WARMUP_STEPS, track_memory=False)
+    try:
+        job = jobs_of(this.device)[task.name].job(this.workers, this.gpu)
+        measured = run_session(job, "cpu" if this.device == "cpu" else "cuda", options, rank=rank)
+    except Exception as error:
+        return {"skipped": _sentence(error)}, not _recover(this.device)
+    lost = not _recover(this.device)
+    return {"work": 1.0, "seconds": list(measured.step_seconds), "parts": measured.part_seconds}, lost
 
 
 def _free_bytes(device: str) -> int:
