@@ -13,15 +13,24 @@ from typing import Any
 
 from estimator.errors import InputError
 from estimator.job.fields import read_file, shown, table
+from estimator.job.foreign import foreign
 from estimator.job.hf_config import Config
 from estimator.job.hf_encoders import ENCODER_FAMILIES
 from estimator.job.hf_experts import EXPERT_FAMILIES
 from estimator.job.hf_families import FAMILIES as DENSE_FAMILIES
 from estimator.job.hf_families import Family
+from estimator.job.hf_norms import NORM_FAMILIES
+from estimator.job.hf_parallel import PARALLEL_FAMILIES
 from estimator.job.hf_refusals import refusal_of
+from estimator.job.hf_remote import REMOTE_FAMILIES
+from estimator.job.hf_routed import ROUTED_FAMILIES
+from estimator.job.hf_vision import VISION_FAMILIES
 from estimator.job.model import ModelSpec
 
-FAMILIES = DENSE_FAMILIES | EXPERT_FAMILIES | ENCODER_FAMILIES
+FAMILIES: dict[str, Family] = {
+    **DENSE_FAMILIES, **PARALLEL_FAMILIES, **NORM_FAMILIES, **EXPERT_FAMILIES, **ROUTED_FAMILIES,
+    **REMOTE_FAMILIES, **VISION_FAMILIES, **ENCODER_FAMILIES,
+}  # fmt: skip
 """Accepted values of ``model_type``."""
 _WHOLE = {
     "ForMaskedLM": "encoder with its language-model head",
@@ -77,6 +86,9 @@ def _model_type(data: Mapping[str, Any]) -> str:
                 return model_type
         if named is not None:
             raise InputError(refusal_of(named, data, FAMILIES))
+        other = foreign(data)
+        if other is not None:
+            raise InputError(f"config is {other[0]} and has no 'model_type'; allowed: a model's config.json")
         raise InputError(f"config has no 'model_type'; allowed: {', '.join(sorted(FAMILIES))}")
     raise InputError(f"config.model_type is {shown(value)}; allowed: {', '.join(sorted(FAMILIES))}")
 

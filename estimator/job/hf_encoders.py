@@ -87,6 +87,15 @@ def _distilbert(c: Config) -> Shape:
 def _bart(c: Config) -> Shape:
     if c.flag("scale_embedding", default=False):
         raise InputError("config.scale_embedding is True, which is not forecast for BART yet; allowed: false")
+    return _bart_sizes(c)
+
+
+def _mbart(c: Config) -> Shape:
+    """Norms before attention and MLP, and at the end of both stacks. Its embedding may be scaled, which keeps nothing."""
+    return {**_bart_sizes(c), "pre_norm": True, "final_norm": True}
+
+
+def _bart_sizes(c: Config) -> Shape:
     for ours, theirs in (
         ("decoder_ffn_dim", "encoder_ffn_dim"),
         ("decoder_attention_heads", "encoder_attention_heads"),
@@ -106,9 +115,9 @@ def _bart(c: Config) -> Shape:
     }
 
 
-def _t5(c: Config) -> Shape:
+def _t5(c: Config, usual: str = "relu", tied: bool = True) -> Shape:
     n_layers, n_heads = c.layers("num_layers", "num_hidden_layers"), c.size("num_heads", "num_attention_heads")
-    gated, activation = _t5_mlp(c)
+    gated, activation = _t5_mlp(c, usual)
     return {
         "n_layers": c.size("num_decoder_layers", default=n_layers),
         "d_model": c.size("d_model", "hidden_size"),
@@ -123,7 +132,7 @@ def _t5(c: Config) -> Shape:
         "norm_eps": c.number("layer_norm_epsilon", default=1e-6),
         "activation": activation,
         "gated_mlp": gated,
-        "tied_embeddings": c.flag("tie_word_embeddings", default=True),
+        "tied_embeddings": c.flag("tie_word_embeddings", default=tied),
         "encoder": Encoder(
             n_layers=n_layers,
             relative_buckets=c.size("relative_attention_num_buckets", default=32),
@@ -132,16 +141,25 @@ def _t5(c: Config) -> Shape:
     }
 
 
-def _t5_mlp(c: Config) -> tuple[bool, str]:
+def _t5_mlp(c: Config, usual: str) -> tuple[bool, str]:
     """Whether the MLP is gated, and its activation; ``gated-gelu`` means the tanh approximation."""
-    value = c.data.get("feed_forward_proj", "relu")
+    value = c.data.get("feed_forward_proj", usual)
     name = value.removeprefix("gated-") if isinstance(value, str) else value
     if not isinstance(name, str) or name not in ACTIVATIONS:
         names = ", ".join(sorted(ACTIVATIONS))
         raise InputError(
             f"config.feed_forward_proj is {shown(value)}; allowed: one of {names}, with or without 'gated-' before it"
         )
-    return value != name, "gelu_tanh" if value == "gated-gelu" else ACTIVATIONS[name]
+    gated = value != name
+    if c.flag("is_gated_act", default=gated) != gated:
+        raise InputError(
+            f"config.is_gated_act is {not gated} but feed_forward_proj is {shown(value)}; allowed: what that says"
+        )
+    return gated, "gelu_tanh" if value == "gated-gelu" else ACTIVATIONS[name]
+
+
+def _mt5(c: Config) -> Shape:
+    return _t5(c, "gated-gelu", tied=False)
 
 
 def _vit(c: Config) -> Shape:
@@ -191,8 +209,12 @@ _GENERATION = ("ForConditionalGeneration", "WithLMHeadModel")
 ENCODER_FAMILIES: dict[str, Family] = {
     "bart": Family("Bart", _bart, ignored=("is_encoder_decoder",), heads=_GENERATION),
     "bert": Family("Bert", _bert, heads=_MASKED, head_is_bare=False),
+    "camembert": Family("Camembert", _roberta, heads=_MASKED, head_is_bare=False),
     "distilbert": Family("DistilBert", _distilbert, heads=_MASKED, head_is_bare=False),
+    "mbart": Family("MBart", _mbart, ignored=("is_encoder_decoder",), heads=_GENERATION),
+    "mt5": Family("MT5", _mt5, ignored=("is_encoder_decoder",), heads=_GENERATION),
     "roberta": Family("Roberta", _roberta, heads=_MASKED, head_is_bare=False),
+    "xlm-roberta": Family("XLMRoberta", _roberta, heads=_MASKED, head_is_bare=False),
     "vit": Family("ViT", _vit, heads=("ForImageClassification",), head_is_bare=False),
     "t5": Family("T5", _t5, ignored=("is_encoder_decoder",), heads=_GENERATION),
 }

@@ -22,10 +22,10 @@ def _mixtral(c: Config) -> Shape:
         "n_experts": c.size("num_local_experts", "num_experts", default=8),
         "per_token": c.size("num_experts_per_tok", default=2),
         "d_ff": shape["d_ff"],
-        "balance_loss": _balance(c, "router_aux_loss_coef"),
+        "balance_loss": balance(c, "router_aux_loss_coef"),
     }
     norm_eps = c.number("rms_norm_eps", default=1e-5)
-    return {**shape, **_with(experts), "norm_eps": norm_eps, "sliding_window": c.window(shape["n_layers"])[0]}
+    return {**shape, **with_experts(experts), "norm_eps": norm_eps, "sliding_window": c.window(shape["n_layers"])[0]}
 
 
 def _qwen2_moe(c: Config) -> Shape:
@@ -65,9 +65,9 @@ def _qwen_experts(c: Config, shape: Shape, *, shared: int, n_experts: int, per_t
         "first_layer": first,
         "every": every,
         "normalise": c.flag("norm_topk_prob", default=False),
-        "balance_loss": _balance(c, "router_aux_loss_coef"),
+        "balance_loss": balance(c, "router_aux_loss_coef"),
     }
-    return {**shape, **_with(experts)}
+    return {**shape, **with_experts(experts)}
 
 
 def _layers(value: Any, n_layers: int) -> list[int]:
@@ -79,18 +79,25 @@ def _layers(value: Any, n_layers: int) -> list[int]:
 def _deepseek(c: Config) -> Shape:
     """DeepSeekMoE: ordinary attention."""
     bias = c.flag("attention_bias", default=False)
-    return {**_deepseek_experts(c, rotary(c)), **biases(bias, bias, False)}
+    return {**deepseek_experts(c, rotary(c)), **biases(bias, bias, False)}
 
 
 def _deepseek_v2(c: Config) -> Shape:
     return _deepseek_latent(c, {"topk_method": "greedy", "n_group": 1, "topk_group": 1})
 
 
-def _deepseek_v3(c: Config) -> Shape:
+def deepseek_v3(c: Config) -> Shape:
     return _deepseek_latent(c, {"topk_method": "noaux_tc", "n_group": 8, "topk_group": 4})
 
 
-def _deepseek_experts(c: Config, shape: Shape, *, sigmoid: bool = False, groups: tuple[int, int] = (1, 1)) -> Shape:
+def deepseek_experts(
+    c: Config, shape: Shape, *, sigmoid: bool = False, groups: tuple[int, int] = (1, 1), first: int | None = None,
+    scale: float | None = None, normalise: bool | None = None, shared: int = 0,
+) -> Shape:  # fmt: skip
+    """``shape`` with DeepSeek's experts; ``first``, ``scale`` and ``normalise``: class defaults where they are not DeepSeek's own."""
+    shared = 0 if "n_shared_experts" in c.data else shared  # null means none
+    first = (3 if sigmoid else 0) if first is None else first
+    scale = (2.5 if sigmoid else 1.0) if scale is None else scale
     if c.size("moe_layer_freq", default=1) != 1:
         raise refuse("config.moe_layer_freq", c.data["moe_layer_freq"], "1: transformers does not look at it")
     d_ff = c.size("moe_intermediate_size")
@@ -98,17 +105,17 @@ def _deepseek_experts(c: Config, shape: Shape, *, sigmoid: bool = False, groups:
         "n_experts": c.size("n_routed_experts", "num_local_experts"),
         "per_token": c.size("num_experts_per_tok"),
         "d_ff": d_ff,
-        "shared_d_ff": d_ff * c.size("n_shared_experts", default=0, minimum=0),
-        "first_layer": c.size("first_k_dense_replace", default=3 if sigmoid else 0, minimum=0),
+        "shared_d_ff": d_ff * c.size("n_shared_experts", default=shared, minimum=0),
+        "first_layer": c.size("first_k_dense_replace", default=first, minimum=0),
         "scoring": "sigmoid" if sigmoid else "softmax",
-        "normalise": c.flag("norm_topk_prob", default=sigmoid),
-        "scale": c.number("routed_scaling_factor", default=2.5 if sigmoid else 1.0),
+        "normalise": c.flag("norm_topk_prob", default=sigmoid if normalise is None else normalise),
+        "scale": c.number("routed_scaling_factor", default=scale),
         "n_groups": groups[0],
         "groups_per_token": groups[1],
         "selection_bias": sigmoid,
-        "balance_loss": 0.0 if sigmoid else _balance(c, "aux_loss_alpha"),
+        "balance_loss": 0.0 if sigmoid else balance(c, "aux_loss_alpha"),
     }
-    return {**shape, **_with(experts)}
+    return {**shape, **with_experts(experts)}
 
 
 def _deepseek_latent(c: Config, default: dict[str, Any]) -> Shape:
@@ -126,7 +133,9 @@ def _deepseek_latent(c: Config, default: dict[str, Any]) -> Shape:
     )  # fmt: skip
     n_heads = c.size("num_attention_heads")
     plain = Config({**c.data, "head_dim": latent.head_dim, "num_key_value_heads": n_heads}, c.model_type)
-    shape = _deepseek_experts(c, rotary(plain), sigmoid=sigmoid, groups=groups if method != "greedy" else (1, 1))
+    shape = deepseek_experts(
+        c, rotary(plain), sigmoid=sigmoid, groups=groups if method != "greedy" else (1, 1), shared=1 if sigmoid else 2
+    )
     mlp_bias = not sigmoid and c.flag("mlp_bias", default=False)
     return {**shape, "latent": latent, "rotary_fraction": 1.0, **biases(False, bias, mlp_bias)}
 
@@ -142,38 +151,45 @@ def _gpt_oss(c: Config) -> Shape:
         "router_bias": True,
         "bias": True,
         "clamp": c.number("swiglu_limit", default=7.0),
-        "balance_loss": _balance(c, "router_aux_loss_coef"),
+        "balance_loss": balance(c, "router_aux_loss_coef"),
     }
     windows = {"sliding_window": window, "global_every": every}
     norm_eps = c.number("rms_norm_eps", default=1e-5)
-    return {**shape, **_with(experts), **biases(bias, bias, False), **windows, "norm_eps": norm_eps, "attn_sinks": True}
+    return {
+        **shape,
+        **with_experts(experts),
+        **biases(bias, bias, False),
+        **windows,
+        "norm_eps": norm_eps,
+        "attn_sinks": True,
+    }
 
 
-def _balance(c: Config, key: str) -> float:
+def balance(c: Config, key: str) -> float:
     """The loss's coefficient; its class adds it only where ``output_router_logits`` is set, training code always."""
     return c.number(key, default=0.001)
 
 
-def _with(experts: dict[str, Any]) -> Shape:
+def with_experts(experts: dict[str, Any]) -> Shape:
     try:
         return {"experts": Experts(**experts)}
     except InputError as error:
         raise InputError(f"config does not describe a mixture of experts: {error}") from None
 
 
-_COMMON = ("num_experts", "num_local_experts", "num_experts_per_tok", "experts_per_token")
+COMMON = ("num_experts", "num_local_experts", "num_experts_per_tok", "experts_per_token")
 _QWEN = ("moe_intermediate_size", "shared_expert_intermediate_size")
-_DEEPSEEK = (*_COMMON, "moe_intermediate_size", "moe_layer_freq", "n_routed_experts", "n_shared_experts")
-_LATENT = ("q_lora_rank", "kv_lora_rank")
-_MTP = ("num_nextn_predict_layers", "num_mtp_layers")
+DEEPSEEK = (*COMMON, "moe_intermediate_size", "moe_layer_freq", "n_routed_experts", "n_shared_experts")
+LATENT = ("q_lora_rank", "kv_lora_rank")
+MTP = ("num_nextn_predict_layers", "num_mtp_layers")
 """Multi-token prediction: its class does not build these layers."""
 
 EXPERT_FAMILIES: dict[str, Family] = {
-    "deepseek": Family("Deepseek", _deepseek, ignored=_DEEPSEEK),
-    "deepseek_v2": Family("DeepseekV2", _deepseek_v2, ignored=(*_DEEPSEEK, *_LATENT)),
-    "deepseek_v3": Family("DeepseekV3", _deepseek_v3, ignored=(*_DEEPSEEK, *_LATENT, *_MTP)),
-    "gpt_oss": Family("GptOss", _gpt_oss, ignored=_COMMON),
-    "mixtral": Family("Mixtral", _mixtral, ignored=_COMMON),
-    "qwen2_moe": Family("Qwen2Moe", _qwen2_moe, ignored=(*_COMMON, *_QWEN)),
-    "qwen3_moe": Family("Qwen3Moe", _qwen3_moe, ignored=(*_COMMON, *_QWEN)),
+    "deepseek": Family("Deepseek", _deepseek, ignored=DEEPSEEK),
+    "deepseek_v2": Family("DeepseekV2", _deepseek_v2, ignored=(*DEEPSEEK, *LATENT)),
+    "deepseek_v3": Family("DeepseekV3", deepseek_v3, ignored=(*DEEPSEEK, *LATENT, *MTP)),
+    "gpt_oss": Family("GptOss", _gpt_oss, ignored=COMMON),
+    "mixtral": Family("Mixtral", _mixtral, ignored=COMMON),
+    "qwen2_moe": Family("Qwen2Moe", _qwen2_moe, ignored=(*COMMON, *_QWEN)),
+    "qwen3_moe": Family("Qwen3Moe", _qwen3_moe, ignored=(*COMMON, *_QWEN)),
 }

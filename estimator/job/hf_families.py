@@ -263,12 +263,17 @@ def _gemma(c: Config) -> Shape:
 
 
 def _gemma2(c: Config) -> Shape:
-    return _gemma_windowed(c, every=2, theta=10000.0)
+    capped = (
+        c.data.get("final_logit_softcapping", 30.0) is not None
+        and c.number("final_logit_softcapping", default=30.0) > 0
+    )
+    return {**_gemma_windowed(c, every=2, theta=10000.0), "caps_logits": capped}
 
 
 def _gemma3(c: Config) -> Shape:
     every = c.size("sliding_window_pattern", "_sliding_window_pattern", default=6)
-    return {**_gemma_windowed(c, every=every, theta=1e6), "qk_norm": True}
+    capped = c.number("final_logit_softcapping", default=0.0) > 0
+    return {**_gemma_windowed(c, every=every, theta=1e6), "qk_norm": True, "caps_logits": capped}
 
 
 def _gemma_windowed(c: Config, every: int, theta: float) -> Shape:
@@ -310,20 +315,6 @@ def _starcoder2(c: Config) -> Shape:
         "gated_mlp": False,
         "sliding_window": window,
         "global_every": every,
-    }
-
-
-def _stablelm(c: Config) -> Shape:
-    if c.flag("use_parallel_residual", default=False):
-        raise InputError(
-            "config.use_parallel_residual is True; StableLM then has one shared norm, which is not forecast yet"
-        )
-    return {
-        **rotary(c, kv_heads=True, fraction=0.25),
-        **biases(c.flag("use_qkv_bias", default=False), False, False),
-        "norm": "layernorm",
-        "norm_bias": True,
-        "norm_eps": c.number("layer_norm_eps", default=1e-5),
     }
 
 
@@ -374,7 +365,6 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2", _qwen2),
     "qwen3": Family("Qwen3", _qwen3),
     "seed_oss": Family("SeedOss", _seed_oss),
-    "stablelm": Family("StableLm", _stablelm),
     "starcoder2": Family("Starcoder2", _starcoder2),
 }
 """Families with dense MLPs, by ``model_type``."""

@@ -8,24 +8,25 @@ from typing import Any
 from estimator.job.fields import nearest, shown
 
 KINDS = {
-    "is a mixture of experts": """qwen3_next olmoe dbrx phimoe granitemoe llama4 llama4_text grok-1 arctic ernie4_5_moe glm4_moe
-        minimax""",
-    "is an encoder-decoder": """mt5 umt5 longt5 t5gemma mbart pegasus marian m2m_100 blenderbot fsmt led
-        prophetnet whisper switch_transformers""",
-    "is an encoder without a causal decoder": """albert electra deberta deberta-v2 xlm-roberta
-        modernbert mpnet esm camembert ernie""",
+    "is a mixture of experts": """grok-1 arctic ernie4_5_moe minimax hunyuan_v1_moe exaone_moe jetmoe flex_olmo""",
+    "is an encoder-decoder": """umt5 longt5 t5gemma pegasus marian m2m_100 blenderbot fsmt led prophetnet whisper
+        switch_transformers plbart""",
+    "is an encoder without a causal decoder": """electra mpnet esm ernie big_bird data2vec-text megatron-bert rembert
+        xlm-roberta-xl roformer xmod""",
+    "shares the parameters of its layers": "albert",
+    "adds relative positions to queries and keys in attention": "deberta deberta-v2",
+    "is an encoder with rotary positions": "modernbert nomic_bert eurobert",
     "has a vision tower": """deit swin swinv2 beit convnext resnet clip siglip dinov2 dinov3_vit detr sam segformer
-        mllama llava llava_next paligemma gemma3 qwen2_vl qwen2_5_vl qwen3_vl idefics idefics2 idefics3 smolvlm blip
-        blip-2 mistral3 pixtral internvl""",
+        mllama qwen3_vl qwen3_vl_moe idefics idefics2 idefics3 smolvlm blip blip-2 pixtral internvl llava_onevision
+        gemma3n gemma4 phi4_multimodal""",
     "has state-space or recurrent layers": """mamba mamba2 falcon_mamba rwkv recurrent_gemma xlstm jamba bamba zamba
-        zamba2 nemotron_h falcon_h1 lfm2""",
-    "feeds attention and MLP from one shared norm": "gptj codegen phi cohere cohere2",
-    "feeds attention and MLP from one shared norm or from two parallel ones": "falcon",
-    "alternates full and windowed attention starting with a full layer": "gpt_neo",
-    "has norms without weights": "olmo",
-    "has norms after attention and MLP only": "olmo2 olmo3 exaone4",
-    "uses a squared ReLU": "nemotron arcee bitnet",
-    "leaves out rotary positions in every fourth layer": "smollm3",
+        zamba2 nemotron_h falcon_h1 lfm2 granitemoehybrid""",
+    "has layers of linear attention": "qwen3_next qwen3_5_text qwen3_5_moe_text kimi_linear olmo_hybrid bailing_hybrid",
+    "has each layer's own embeddings": "gemma3n_text gemma4_text",
+    "has fixed sinusoids for positions": "xglm ctrl",
+    "normalises queries and keys with biases": "persimmon",
+    "has an activation with parameters of its own": "apertus",
+    "gates a squared ReLU": "bitnet",
 }
 """Reason by the values of ``model_type`` for which it holds."""
 
