@@ -8,15 +8,16 @@ from functools import lru_cache
 
 from estimator.job.experts import expert_notes
 from estimator.job.files import job_to_dict
-from estimator.job.framework import FRAMEWORKS
 from estimator.job.job import Job
 from estimator.job.kernels import kernels_in_use
+from estimator.job.lora import lora_notes
 from estimator.job.mesh import Mesh
 from estimator.job.model import ModelSpec
 from estimator.job.strategy import Strategy
+from estimator.job.tower import tower_notes
 from estimator.memory.allocator_settings import AllocatorSettings
 from estimator.memory.device import DeviceMemory, device_memory
-from estimator.memory.reader import Passings, StepMemory, read_memory
+from estimator.memory.reader import PeakReader, StepMemory, read_memory
 from estimator.memory.replay import Subject
 from estimator.memory.verdict import judge
 from estimator.ops.biased_attention import distance_table_bytes
@@ -25,8 +26,9 @@ from estimator.ops.cost import UnitCost
 from estimator.ops.exchange import ExpertRanks
 from estimator.ops.kernels.chip import H200, chip_of
 from estimator.ops.layers import Shape, unit_costs
+from estimator.ops.pieces import cuts_of, piece_costs
 from estimator.ops.products import weight_copies_bytes
-from estimator.ops.style import style_of
+from estimator.ops.style import param_grads_of, style_of
 from estimator.report import StepReport
 from estimator.schedule.activations import sized
 from estimator.schedule.buffers import takes_fused_step
@@ -35,11 +37,12 @@ from estimator.schedule.program import StagePrograms, build_program
 from estimator.schedule.reduction import warm_up
 from estimator.schedule.stages import PipelinePlace
 from estimator.schedule.standing import standing_buffers
+from estimator.sharding.grain import Grain, fetches_layers, take_apart
 from estimator.sharding.layout import Layout, make_layout
 from estimator.sharding.sparse import TOKEN_TABLE, with_rows
-from estimator.sharding.stages import stage_units, untied
+from estimator.sharding.stages import units_of_stages, untied
 from estimator.sharding.tensor import parts
-from estimator.sharding.units import Unit, model_units
+from estimator.sharding.units import count_params, model_units, trained_units
 from estimator.sharding.vocabulary import with_padded_vocabulary
 from estimator.time.files import counts_checksums
 from estimator.time.interval import note_of
@@ -65,19 +68,16 @@ def predict(
     the rest. Raises ``InputError`` when the profile cannot time the job.
     """
     blueprints = lay_out_stages(job)
-    passings: Passings | None = {} if len(blueprints) > 1 else None
-    memories = [memory_of(blueprint, passings) for blueprint in blueprints]
+    worst = blueprints[_fullest(blueprints) if rank is None else job.mesh.place("pp", rank)]
+    memory = memory_of(worst)
     curves, notes = profile_for(job.cluster.gpu, profile)
     if job.strategy.pp == 1:
         time = time_of(blueprints[0].program, blueprints[0].costs, job, curves, stack)
     else:
         time = time_of_pipeline([(b.program, b.costs) for b in blueprints], job, curves, stack)
-    worst = max(range(len(memories)), key=lambda stage: memories[stage].peak_bytes)
-    if rank is not None:
-        worst = job.mesh.place("pp", rank)
     costs = [cost for blueprint in blueprints for cost in blueprint.costs]
-    device = device_memory(job, subject_of(blueprints[worst]), memories[worst], allocator)
-    return _report(job, blueprints[worst], memories[worst], device, time, notes, curves, costs)
+    device = device_memory(job, subject_of(worst), memory, allocator)
+    return _report(job, worst, memory, device, time, notes, curves, costs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,8 @@ class Blueprint:
     """Device buffers that live all the time beside the groups' (rotary tables; what a pipeline's rank has of the batch)."""
     stage: int = 0
     """Of which pipeline rank this is."""
+    whole: Blueprint | None = None
+    """Where layers are units: the same with whole units, whose requests for memory are known."""
 
 
 def lay_out(job: Job, stage: int = 0, *, is_server: bool = True) -> Blueprint:
@@ -121,27 +123,46 @@ def _lay_out(job: Job, stages: range, is_server: bool = True) -> list[Blueprint]
         n_tensor=job.strategy.tp, splits_tokens=job.strategy.tp > 1 and job.strategy.sequence_parallel,
         is_cpu=gpu.arch == "cpu", context=Context(job.strategy.cp_kind, job.mesh.span("cp")),
         expert_ranks=ExpertRanks(job.mesh.data_groups(job.strategy.ep), job.strategy.expert_imbalance),
-        param_grads=FRAMEWORKS[job.strategy.framework].param_grads, style=style_of(job.strategy, job.n_micro_batches),
+        param_grads=param_grads_of(job.strategy), style=style_of(job.strategy, job.n_micro_batches),
     )  # fmt: skip
     costs = _unit_costs(model, shape, job.strategy.recompute, job.strategy.recompute_every)
+    scheduled = _scheduled(job.strategy)
     if not is_pipeline:
         rows = job.tokens_per_micro_batch if job.strategy.sparse_embeddings else 0
         layout, program = _program_of(
-            spec, job.strategy, job.zero_stage, job.mesh, job.n_micro_batches, fused_step, rows, is_server
+            spec, scheduled, job.zero_stage, job.mesh, job.n_micro_batches, fused_step, rows, is_server
         )
         if job.strategy.activation_offload:
             program = sized(program, costs)
-        return [
-            Blueprint(layout=layout, program=program, costs=costs, tables=_tables(job, range(model.n_layers), layout))
-        ]
+        tables = _tables(job, range(model.n_layers), layout)
+        whole = Blueprint(layout=layout, program=program, costs=costs, tables=tables)
+        if not fetches_layers(job.strategy, job.zero_stage):
+            return [whole]
+        grain, replaying, own = _taken_apart(
+            model, shape, job.strategy.recompute, job.strategy.recompute_every,
+            job.strategy.resident_numel if job.zero_stage == 3 else 0,
+        )  # fmt: skip
+        layout, program = _program_of(
+            spec,
+            job.strategy,
+            job.zero_stage,
+            job.mesh,
+            job.n_micro_batches,
+            fused_step,
+            grain=grain,
+            replaying=replaying,
+        )
+        return [Blueprint(layout=layout, program=program, costs=own, tables=tables, whole=whole)]
     boundary_bytes = shape.graph().stream_rows * model.d_model * DTYPE_BYTES[dtype]
     batch = Buffer("batch", -1, "activations", 8 * shape.rows * job.n_micro_batches)
     blueprints = []
+    of_stages = units_of_stages(spec, scheduled)
+    written = _stage_programs(
+        spec, scheduled, job.zero_stage, job.mesh, job.n_micro_batches, fused_step, boundary_bytes
+    )
     for stage in stages:
-        layout, program = _stage_program(
-            spec, job.strategy, job.zero_stage, job.mesh, job.n_micro_batches, fused_step, stage, boundary_bytes
-        )
-        numbers = stage_units(spec, job.strategy, stage).numbers
+        layout, program = written[stage]
+        numbers = of_stages[stage].numbers
         tables = _tables(job, [number - 1 for number in numbers if 0 < number <= model.n_layers], layout)
         held = (*tables, batch) if stage in (0, job.strategy.pp - 1) else tables
         own = [costs[number] for number in numbers]
@@ -162,44 +183,67 @@ def _tables(job: Job, layers: Iterable[int], layout: Layout) -> tuple[Buffer, ..
 
 
 @lru_cache(maxsize=128)
+def _scheduled(strategy: Strategy) -> Strategy:
+    """What of ``strategy`` layout and program depend on: where inputs of blocks do not travel they are the same whatever is recomputed,
+    and a search over that builds each once."""
+    return strategy if strategy.activation_offload else replace(strategy, recompute="none", recompute_every=1)
+
+
+@lru_cache(maxsize=128)
 def _unit_costs(model: ModelSpec, shape: Shape, recompute: str, recompute_every: int) -> list[UnitCost]:
     """Costs do not depend on how states are sharded: a search over that derives them once."""
     return unit_costs(model, model_units(model), shape, recompute, recompute_every)
 
 
-@lru_cache(maxsize=256)
-def _stage_program(
-    model: ModelSpec, strategy: Strategy, zero_stage: int, mesh: Mesh, n_micro_batches: int, fused_step: bool, stage: int,
-    boundary_bytes: int,
-) -> tuple[Layout, StepProgram]:  # fmt: skip
-    """Of one pipeline rank; what passes from rank to rank depends on the micro-batch."""
-    held = stage_units(model, strategy, stage)
-    units = parts(held.units, mesh.tp, strategy.ep)
-    layout, programs = _alike_stages(
-        tuple(unit._replace(name="") for unit in units), strategy, zero_stage, mesh, n_micro_batches, fused_step,
-        PipelinePlace(stage, mesh.pp, held.chunks, boundary_bytes).alike(),
-    )  # fmt: skip
-    return layout._replace(units=units), programs.of(stage)
+@lru_cache(maxsize=64)
+def _taken_apart(
+    model: ModelSpec, shape: Shape, recompute: str, recompute_every: int, small_numel: int
+) -> tuple[Grain, frozenset[int], list[UnitCost]]:
+    """Pieces of every kind of unit, which units run again before their backward pass, and the costs of all pieces."""
+    units, costs = model_units(model), _unit_costs(model, shape, recompute, recompute_every)
+    cuts = {unit.kind: cuts_of(unit, cost, small_numel) for unit, cost in zip(units, costs, strict=True)}
+    of = {id(cost): piece_costs(cost, cuts[unit.kind]) for unit, cost in zip(units, costs, strict=True)}
+    replaying = frozenset(index for index, cost in enumerate(costs) if of[id(cost)][0].replayed is not None)
+    grain = tuple((kind, tuple(cut.piece for cut in made)) for kind, made in cuts.items())
+    return grain, replaying, [piece for cost in costs for piece in of[id(cost)]]
 
 
 @lru_cache(maxsize=64)
-def _alike_stages(
-    units: tuple[Unit, ...], strategy: Strategy, zero_stage: int, mesh: Mesh, n_micro_batches: int, fused_step: bool,
-    place: PipelinePlace,
-) -> tuple[Layout, StagePrograms]:  # fmt: skip
-    """Of pipeline ranks whose units have other names alone."""
-    layout = make_layout(units, strategy, zero_stage, mesh.n_data, place.chunks)
-    return layout, StagePrograms(layout, strategy, zero_stage, mesh, n_micro_batches, place, fused_step=fused_step)
+def _stage_programs(
+    model: ModelSpec, strategy: Strategy, zero_stage: int, mesh: Mesh, n_micro_batches: int, fused_step: bool,
+    boundary_bytes: int,
+) -> tuple[tuple[Layout, StepProgram], ...]:  # fmt: skip
+    """Of every pipeline rank; what passes from rank to rank depends on the micro-batch. Ranks that stand alike and whose units differ in
+    their names alone, as parameter lists that are equal are one object, have one layout and one set of passes."""
+    alike: dict[tuple[object, ...], tuple[Layout, StagePrograms]] = {}
+    result = []
+    for rank, held in enumerate(units_of_stages(model, strategy)):
+        units = parts(held.units, mesh.tp, strategy.ep)
+        place = PipelinePlace(rank, mesh.pp, held.chunks, boundary_bytes).alike()
+        key = place, tuple((unit.kind, id(unit.params)) for unit in units)
+        if key not in alike:
+            layout = make_layout(units, strategy, zero_stage, mesh.n_data, place.chunks)
+            alike[key] = (
+                layout,
+                StagePrograms(layout, strategy, zero_stage, mesh, n_micro_batches, place, fused_step=fused_step),
+            )
+        layout, programs = alike[key]
+        result.append((layout._replace(units=units), programs.of(rank)))
+    return tuple(result)
 
 
 @lru_cache(maxsize=128)
 def _program_of(
     model: ModelSpec, strategy: Strategy, zero_stage: int, mesh: Mesh, n_micro_batches: int, fused_step: bool,
-    rows: int = 0, is_server: bool = True,
+    rows: int = 0, is_server: bool = True, grain: Grain = (), replaying: frozenset[int] = frozenset(),
 ) -> tuple[Layout, StepProgram]:  # fmt: skip
     """Layout and program do not depend on sizes of the batch, unless ``rows`` are looked up that are exchanged alone: a search
-    over micro-batches builds each once."""
-    units = with_rows(parts(model_units(model), mesh.tp, strategy.ep), {TOKEN_TABLE: rows} if rows else {})
+    over micro-batches builds each once. With ``grain`` layers are units."""
+    units = parts(model_units(model), mesh.tp, strategy.ep)
+    if grain:
+        units = take_apart(units, grain, replaying)
+    if rows:
+        units = with_rows(units, {TOKEN_TABLE: rows})
     layout = make_layout(units, strategy, zero_stage, mesh.n_data)
     return layout, build_program(
         layout, strategy, zero_stage, mesh, n_micro_batches, fused_step=fused_step, is_server=is_server
@@ -211,14 +255,27 @@ def where_of(job: Job, stage: int, where: str) -> str:
     return where if job.strategy.pp == 1 else f"stage {stage} of {job.strategy.pp}: {where}"
 
 
-def memory_of(blueprint: Blueprint, passings: Passings | None = None) -> StepMemory:
-    """Live bytes of one rank over the step; ``passings`` as ``read_memory``'s."""
-    return read_memory(blueprint.program, blueprint.layout.units, blueprint.costs, blueprint.tables, passings)
+def memory_of(blueprint: Blueprint) -> StepMemory:
+    """Live bytes of one rank over the step."""
+    return read_memory(blueprint.program, blueprint.layout.units, blueprint.costs, blueprint.tables)
+
+
+def _fullest(blueprints: Sequence[Blueprint]) -> int:
+    """The first stage of those whose peak is highest."""
+    if len(blueprints) == 1:
+        return 0
+    reader = PeakReader()
+    peaks = [reader.read(blueprint.program, blueprint.costs, blueprint.tables) for blueprint in blueprints]
+    return peaks.index(max(peaks))
 
 
 def subject_of(blueprint: Blueprint) -> Subject:
-    """What the simulated allocator replays."""
-    return Subject(blueprint.layout, blueprint.program, blueprint.costs, blueprint.tables)
+    """What the simulated allocator replays: whole units, as the order of requests of a part of one is not known."""
+    b = blueprint.whole
+    if b is None:
+        return Subject(blueprint.layout, blueprint.program, blueprint.costs, blueprint.tables)
+    beyond = memory_of(blueprint).peak_bytes - memory_of(b).peak_bytes
+    return Subject(b.layout, b.program, b.costs, b.tables, beyond_bytes=beyond)
 
 
 def traffic_of(
@@ -229,7 +286,7 @@ def traffic_of(
     n_bytes: dict[str, int] = {}
     calls: dict[str, int] = {}
     copies: dict[str, int] = {}
-    within: dict[tuple[int, str], list[tuple[str, int, int]]] = {}
+    within: dict[tuple[int, str], dict[str, tuple[int, int]]] = {}
     for events, repeat in _repeats(program):
         for event in events:
             kind = type(event)
@@ -240,8 +297,8 @@ def traffic_of(
             elif kind is Compute and costs:
                 key = id(costs[event.unit]), event.phase  # type: ignore[union-attr]
                 if key not in within:
-                    within[key] = list(exchanged_in(costs[event.unit], event.phase))  # type: ignore[union-attr]
-                for name, total, number in within[key]:
+                    within[key] = _exchanged(costs[event.unit], event.phase)  # type: ignore[union-attr]
+                for name, (total, number) in within[key].items():
                     n_bytes[name] = n_bytes.get(name, 0) + total * repeat
                     calls[name] = calls.get(name, 0) + number * repeat
             elif kind is Copy:
@@ -265,6 +322,15 @@ def exchanged_in(cost: UnitCost, phase: str) -> Iterator[tuple[str, int, int]]:
             yield op.name, op.n_bytes, op.launches
 
 
+def _exchanged(cost: UnitCost, phase: str) -> dict[str, tuple[int, int]]:
+    """The same in all, by operation."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, n_bytes, calls in exchanged_in(cost, phase):
+        total, number = found.get(name, (0, 0))
+        found[name] = total + n_bytes, number + calls
+    return found
+
+
 def model_flops_of(job: Job) -> tuple[float, float]:
     """Model FLOPs, and FLOPs that recomputation adds, of one step of the whole job."""
     n_passes = job.n_micro_batches * job.mesh.n_data * job.strategy.tp
@@ -276,24 +342,35 @@ def flops_of(costs: list[UnitCost]) -> tuple[float, float]:
     """Model FLOPs and recomputed FLOPs of one rank's micro-batch.
 
     Model FLOPs are three times the forward's matrix products and attention (Narayanan et al. 2021, equation 3, with
-    causal attention counted as executed, and of experts those that tokens go to); recomputed ones are those that run again.
+    causal attention counted as executed, and of experts those that tokens go to); recomputed ones are those that run again. With
+    adapters they are the products that there are: those of frozen weights once forward and once for their inputs' gradients.
     """
     by_cost: dict[int, tuple[float, float]] = {}
     model = again = 0.0
     for cost in costs:
         if id(cost) not in by_cost:
             by_cost[id(cost)] = (
-                3
+                _frozen_flops(cost)
+                if cost.source is not None and cost.source.tape.frozen
+                else 3
                 * sum(
                     op.flops * op.useful
                     for op in cost.forward
                     if op.kind in ("matmul", "attention") and not op.backward
                 ),
-                sum(op.flops for op in cost.recompute if op.kind in ("matmul", "attention")),
+                sum(op.flops for op in cost.again if op.kind in ("matmul", "attention")),
             )
         model += by_cost[id(cost)][0]
         again += by_cost[id(cost)][1]
     return model, again
+
+
+def _frozen_flops(cost: UnitCost) -> float:
+    """Of a unit with frozen weights: attention three times, or once where no gradient goes through it."""
+    ops = (*cost.forward, *cost.backward)
+    products = sum(op.flops * op.useful for op in ops if op.kind == "matmul")
+    attention = sum(op.flops * op.useful for op in cost.forward if op.kind == "attention")
+    return products + attention * (3 if any(op.kind == "attention" for op in cost.backward) else 1)
 
 
 def _report(
@@ -345,7 +422,7 @@ def _report(
             *_memory_notes(job, device),
             *_notes(job, curves),
             *_warmup_note(job, blueprint),
-            *_rows_note(blueprint.program),
+            *(_rows_note(blueprint.program) if job.strategy.sparse_embeddings else ()),
         ),
         provenance={"profile": curves.name, "profile_origin": curves.origin},
     )
@@ -396,6 +473,10 @@ def _notes(job: Job, curves: HardwareProfile) -> tuple[str, ...]:
     if job.zero_stage != job.strategy.zero_stage:
         notes.append(f"one data-parallel GPU leaves nothing to shard: ZeRO {job.strategy.zero_stage} runs as 0")
     notes += expert_notes(job.model, job.strategy, job.mesh.n_data)
+    notes += tower_notes(job.model)
+    if job.model.lora is not None:
+        units = model_units(job.model)
+        notes += lora_notes(job.model.lora, count_params(trained_units(units)), count_params(units))
     notes += job.model.traced.notes if job.model.traced is not None else ()
     if job.strategy.offload_nvme and not counts_checksums(curves):
         notes.append(

@@ -34,6 +34,12 @@ def logits_memory() -> AbstractContextManager[None]:
     return _ledger.category("logits_loss") if _ledger is not None else nullcontext()
 
 
+def last_of_logits(tensor: Tensor) -> None:
+    """``tensor``, though of the loss, is no logits: what is made of it is not counted as such."""
+    if _ledger is not None:
+        _ledger.last_of_logits(tensor)
+
+
 def input_memory() -> AbstractContextManager[None]:
     """Allocations inside are a batch: counted with the activations that hold it."""
     return _ledger.category("activations") if _ledger is not None else nullcontext()

@@ -5,7 +5,7 @@ What each keeps for its backward pass is mirrored by ``estimator.ops.graph``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from estimator.errors import InputError
 from estimator.job.framework import AttentionKernel
+from runtime import clamped
 from runtime.biased_attention import biased_attention
 from runtime.kernels import activation, norm
 from runtime.kernels.linear_cross_entropy import linear_cross_entropy
@@ -21,15 +22,17 @@ from runtime.kernels.loader import uses_kernel
 from runtime.kernels.rotary import rotate
 from runtime.remake import note, remakable
 from runtime.score_attention import eager_attention, math_attention
+from runtime.window_attention import window_attention
 
 __all__ = [
-    "add_layer_norm", "add_rms_norm", "attending_by", "attention", "biased_attention", "gated_activate", "layer_norm",
+    "add_layer_norm", "add_rms_norm", "attending_by", "attention", "biased_attention", "clamped_activate", "gated_activate", "layer_norm",
     "linear_activate", "linear_cross_entropy", "rms_norm", "rotate",
 ]  # fmt: skip
 
 rms_norm = remakable("norms", norm.rms_norm)
 layer_norm = remakable("norms", norm.layer_norm)
 gated_activate = remakable("activation", activation.gated_activate)
+clamped_activate = remakable("activation", clamped.clamped_activate)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,7 @@ def activate(x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_activate(
-    h: Tensor, weight: Tensor, bias: Tensor | None, name: str, columns: Callable[..., tuple[Tensor, ...]] | None = None
+    h: Tensor, weight: Tensor, bias: Tensor | None, name: str, columns: Callable[..., Sequence[Tensor]] | None = None
 ) -> Tensor:
     """``activation(h @ weight.T + bias)``. ``h`` ``[..., D]``, ``weight`` ``[F, D]``, ``bias`` ``[F]`` or ``None``.
 
@@ -84,12 +87,25 @@ def attending_by(kernel: AttentionKernel) -> Iterator[None]:
         _attention_kernel = before
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: int = 0, sinks: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Attention. ``q`` ``[B, S, H, D]``, ``k``, ``v`` ``[B, S, KV, D]``; returns ``q``'s shape.
 
-    ``causal``: of each place to those up to it, else to all. ``scale`` of the scores, by default ``D ** -0.5``.
+    ``causal``: of each place to those up to it, else to all; of these to the last ``window`` (0: to all), itself among them.
+    ``scale`` of the scores, by default ``D ** -0.5``. ``sinks`` ``[H]``: the score of a key that gives nothing. Raises ``InputError``
+    where the kernel has no window or sinks.
     """
     kernel = _attention_kernel
+    if 0 < window < q.shape[1] or sinks is not None:
+        if kernel != "flash":
+            raise InputError(
+                f"attention is {kernel!r}, but the model's has a window or sinks, which only flash attention has here; allowed: flash"
+            )
+        if q.device.type == "cpu":
+            k, v = _for_every_head(q, k, v)
+        window = window if window < q.shape[1] else 0
+        return window_attention(q, k, v, sinks, window=window, scale=q.shape[-1] ** -0.5 if scale is None else scale)
     if kernel == "flash":
         return _flash_attention(q, k, v, causal=causal, scale=scale)
     if kernel == "efficient":

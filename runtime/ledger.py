@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 from estimator.memory.reader import StepMemory
 from estimator.schedule.events import Buffer
 
+_PRODUCTS = frozenset((torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default))
+"""Operators whose results may have as many elements as what they are made of, and are not made element by element."""
 UNDECIDED = "undecided"
 """Allocated inside a forward pass: an activation if it outlives the pass, else a temporary."""
 
@@ -156,7 +158,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in () if self._blind else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._see(leaf, args)
+                self._see(leaf, () if func in _PRODUCTS else args)
         return out
 
     def _see(self, tensor: torch.Tensor, args: tuple) -> None:

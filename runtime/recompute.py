@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from traceback import clear_frames
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from estimator.errors import InputError
@@ -49,6 +51,10 @@ class RecomputeClock:
         try:
             with self._parts.part("recompute"), self.around(), inner:
                 yield
+        except Exception as stop:  # the replay ends early: what only its frames hold is gone with them
+            if ledger is not None:
+                clear_frames(stop.__traceback__)
+            raise
         finally:
             self.active = False
             if ledger is not None:
@@ -142,9 +148,16 @@ def wrap_blocks(
 
 
 def _checkpoint(module: nn.Module, contexts: Callable[[], tuple[Any, Any]]) -> None:
-    module.forward = partial(  # type: ignore[method-assign]
-        checkpoint, module.forward, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
-    )
+    forward = module.forward
+    trains = any(param.requires_grad for param in module.parameters())
+    drops = any(getattr(part, "dropout", 0) for part in module.modules())
+    again = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts, preserve_rng_state=drops)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        needs = trains or any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
+        return (again if needs else forward)(*args, **kwargs)  # what needs no gradient keeps nothing
+
+    module.forward = run  # type: ignore[method-assign]
 
 
 def _wrap_parts(block: nn.Module, chosen: frozenset[str], clock: RecomputeClock) -> None:

@@ -78,9 +78,10 @@ def train_plain(
         raise InputError(
             "optimizer is 'adamw8bit', which rounds moments in blocks of flat shards; allowed in plain PyTorch: adamw, adam, sgd, lion, adagrad"
         )
-    masters = [p.detach().to(TORCH_DTYPES[strategy.masters], copy=True).float() for p in model.parameters()]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    masters = [model.get_parameter(n).detach().to(TORCH_DTYPES[strategy.masters], copy=True).float() for n in names]
     model.to(TORCH_DTYPES[strategy.dtype])
-    params = list(model.parameters())
+    params = [model.get_parameter(name) for name in names]
     stepper = _optimizer(strategy, optimizer, masters)
     scaler = LossScaler(strategy.dtype, params[0].device)
     ranks_first = strategy.zero_stage >= 2 and n_ranks > 1
@@ -124,8 +125,8 @@ def train_plain(
             scaler.record(torch.full((1,), float(overflow), device=params[0].device))
         if not strategy.delayed_update:
             _publish(masters, params)
-    names = [name for name, _ in model.named_parameters()]
-    return PlainOutcome(losses=losses, params=dict(zip(names, masters, strict=True)))
+    frozen = {name: p.detach().float() for name, p in model.named_parameters() if not p.requires_grad}
+    return PlainOutcome(losses=losses, params=frozen | dict(zip(names, masters, strict=True)))
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from runtime.models.decoder import Decoder
 from runtime.models.encoder import EncoderModel
 from runtime.models.encoder_decoder import EncoderDecoder
 from runtime.models.stage import DecoderStage
+from runtime.models.vision import VisionModel
 
 RUN_HERE = (*(name for name, facts in OPTIMIZERS.items() if facts.flat), "adamw8bit")
 """Optimizers whose step is the same for every element, wherever shards are cut; blocks of 8-bit states are those of a shard."""
-_REFERENCE_MODELS = (Decoder, DecoderStage, EncoderModel, EncoderDecoder)
+_REFERENCE_MODELS = (Decoder, DecoderStage, EncoderModel, EncoderDecoder, VisionModel)
 
 
 def check_runs(model: nn.Module, strategy: Strategy) -> None:

@@ -100,7 +100,7 @@ def suspended() -> Iterator[None]:
 
 def note(part: str, output: Tensor, operator: Callable[..., Tensor], *args: Any) -> None:
     """``output``, of ``part``, is what ``operator(*args)`` gives."""
-    if _current is not None and part in _current.parts and torch.is_grad_enabled():
+    if _current is not None and part in _current.parts and output.requires_grad:
         _current.note(output, partial(operator, *map(_apart, args)))
 
 

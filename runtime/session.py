@@ -260,7 +260,7 @@ def _make_engine(job: Job, device: str, options: SessionOptions, is_real: bool, 
     if is_real:
         hollow(model, torch.device(device))
         model.fill_tables()
-        fill = initial_values(torch.device(device), options.seed)
+        fill = initial_values(torch.device(device), options.seed, lora=job.model.lora)
     return initialize(
         model=model,
         strategy=job.strategy,

@@ -67,6 +67,18 @@ def test_predict_is_light() -> None:
     assert done.stdout.strip() == ""
 
 
+def test_predict_command_is_light() -> None:
+    """A forecast needs no numerics library, whose import would take longer than all the rest."""
+    code = (
+        "import sys; from zerocast.cli import cli\n"
+        "cli(['predict', '--model', 'gpt2', '--gpu', 'h100', '--gpus', '8', '--json'], standalone_mode=False)\n"
+        "print(*sorted({'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0 and '"step_s"' in done.stdout, done.stderr
+    assert done.stderr.strip() == ""
+
+
 def test_help_answers_quickly() -> None:
     def best_of(n: int, *command: str) -> float:
         seconds = []

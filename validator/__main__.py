@@ -21,6 +21,7 @@ from validator.calibrate import calibrate, describe, import_nccl_tests
 from validator.campaign import run_campaign, summary_lines
 from validator.compare import compare_sources
 from validator.devices import check_devices, device_here, gpu_name, needs_gpu, without_gpu
+from validator.doctor import diagnose, examine_gpu
 from validator.kernels.campaign import kernel_summary_lines, plan_to_dict, run_kernel_campaign
 from validator.kernels.files import KERNELS_ENDING, export_kernels, import_kernels, kernel_files
 from validator.kernels.suite import KernelPlan, expand_kernels
@@ -52,8 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m validator", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(
-        required=True, metavar="campaign | calibrate | measure | compare | export | import | publish | fit"
+        required=True, metavar="doctor | campaign | calibrate | measure | compare | export | import | publish | fit"
     )
+    text = "what this machine has, and whether every piece works on its GPU (about a minute)"
+    commands.add_parser("doctor", help=text, description=text).set_defaults(command=_doctor)
     _add_campaign(commands)
     _add_calibrate(commands)
     parts = {
@@ -115,7 +118,7 @@ def _add_calibrate(commands: Any) -> None:
     sub = commands.add_parser("calibrate", help=text, description=text)
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="profile to write")
     sub.add_argument("--device", default="cpu", metavar="cpu|cuda")
-    sub.add_argument("--budget-s", type=float, help="about how long it takes (default: 60, with cuda 240)")
+    sub.add_argument("--budget-s", type=float, help="about how long it takes (default: 90, with cuda 240)")
     sub.add_argument("--effort", default="full", metavar="quick|full", help="how many sizes to measure")
     sub.add_argument("--gpu", help="with cuda: the GPU's catalogue name, where it cannot be told")
     sub.add_argument("--nvme", type=Path, metavar="DIR", help="read and write files in this folder too")
@@ -163,6 +166,17 @@ def _add_publish(commands: Any) -> None:
     sub.add_argument("--profile", type=Path, help="its calibrated profile, to be laid beside them")
     sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write to")
     sub.set_defaults(command=_publish)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Exit status 1 where something does not work on the GPU."""
+    works = True
+    for finding in diagnose():
+        _say(f"{finding.status:8}{finding.what}: {finding.detail}")
+    for finding in examine_gpu():
+        _say(f"{finding.status:8}{finding.what}: {finding.detail}")
+        works &= finding.status != "missing"
+    return 0 if works else 1
 
 
 def _campaign(args: argparse.Namespace) -> int:

@@ -20,6 +20,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--model", str, "NAME|PATH", "Catalogue name, or a Hugging Face config.json or its folder."),
+    ("--lora-rank", int, "N", "Adapters of this rank beside frozen weights are all that is trained. 0: none."),
+    ("--lora-alpha", float, "X", "With --lora-rank: what adapters add is times alpha / rank. Default: the rank."),
+    ("--lora-dropout", float, "0..1", "With --lora-rank: dropout of what adapters read."),
+    ("--lora-targets", str, "attention|mlp|all|q,v,...", "With --lora-rank: projections that have adapters."),
+    ("--lora-config", str, "PATH", "PEFT's adapter_config.json, or its folder, in place of these."),
     ("--gpu", str, "NAME", "GPU of the catalogue, e.g. h100-sxm, or a machine type such as aws-p5.48xlarge."),
     ("--gpus", int, "N", "Number of GPUs."),
     ("--gpus-per-node", int, "N", "GPUs in one server."),
@@ -63,6 +68,7 @@ _FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--master-dtype", str, "fp32|model", "model: no fp32 masters, a bf16 model's parameters are stepped themselves."),
     ("--state-dtype", str, "fp32|model", "Dtype of the optimizer's states; model: bf16 beside a bf16 model."),
     ("--optimizer", str, "adamw|adam|sgd|lion|adagrad|lamb|adamw8bit|adafactor|muon", "Optimizer."),
+    ("--optimizer-impl", str, "fused|foreach", "FSDP: how torch's optimizer steps; foreach is torch's own default."),
     ("--grad-clip", float, "X", "Largest global gradient norm; 0: gradients are not clipped."),
     (
         "--framework",
@@ -75,8 +81,15 @@ _FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--live-numel", int, "N", "DeepSpeed, ZeRO 3: gathered parameters that stay, in elements."),
     ("--compile", bool, "true|false", "torch.compile of blocks (other frameworks than zerocast)."),
     ("--compile-loss", bool, "true|false", "torch.compile of the loss (the same)."),
+    ("--root-apart", bool, "true|false", "FSDP2: embedding and head are units (torchtitan since 0.2)."),
     ("--attention", str, "flash|efficient|math|eager", "Attention kernel."),
     ("--matmul-dtype", str, "model|fp8", "Dtype in which blocks' linear layers multiply."),
+    (
+        "--train-tower",
+        bool,
+        "true|false",
+        "Image-text models: hold the vision tower as trained parameters, not frozen.",
+    ),
     ("--kernels-off", str, "NAME,...|all", "CUDA kernels of the runtime that plain torch replaces."),
     ("--shard-size", int, "N", "GPUs that share one sharded copy of the states; groups of them are replicas. 0: all."),
     ("--quantized-weights", bool, "true|false", "Stage 3 gathers int8 parameters (ZeRO++ qwZ)."),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.errors import InputError
 from estimator.job.fields import nearest, shown
-from estimator.job.options import JobOptions, assemble_job, job_parts
+from estimator.job.options import JobOptions, adapters_of, assemble_job, job_parts
 
 if TYPE_CHECKING:
     from estimator.job import Job
@@ -24,6 +24,10 @@ def traced_job(place: str, flags: dict[str, Any], **local: Any) -> Job:
     from runtime.tracing import trace
 
     options = JobOptions(model=place, **{f.name: flags[f.name] for f in fields(JobOptions) if f.name in flags})
+    if adapters_of(options) is not None:
+        raise InputError(
+            "--module is given with --lora flags; allowed: a module that has its adapters, and frozen parameters"
+        )
     strategy, cluster, batch = job_parts(options, **local)
     module, example, loss = load_module(place)
     spec = trace(module, example, loss, strategy=strategy, gpu=cluster.gpu)

@@ -65,6 +65,8 @@ def check_encoder(spec: ModelSpec) -> None:
         (spec.embed_dim not in (0, spec.d_model), f"embed_dim = {spec.embed_dim}"),
         (spec.sliding_window > 0, f"sliding_window = {spec.sliding_window}"),
         (spec.attn_sinks, "attn_sinks"),
+        (not spec.norm_weight, "norms without weights"),
+        (spec.caps_logits, "capped logits"),
         (spec.experts is not None, "a mixture of experts"),
         (spec.latent is not None, "latent attention"),
     ):

@@ -101,9 +101,11 @@ class Experts:
 def check_expert_parallel(s: Strategy) -> None:
     """Raises ``InputError`` for fields of ``s`` that do not go with its ``ep``."""
     value = s.expert_imbalance
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+        raise invalid("expert_imbalance", value, "a number >= 1 (1: all ranks equally)")
     if s.ep == 1:
         object.__setattr__(s, "expert_imbalance", 1.0)  # all experts are on every rank
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= s.ep:
+    elif value > s.ep:
         raise invalid(
             "expert_imbalance",
             value,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -174,15 +173,13 @@ def read_file(path: str | Path, what: str) -> Any:
         if path.is_dir():
             raise InputError(f"{what} {shown(str(path))} is a folder; allowed: a file")
         content = path.read_text(encoding="utf-8-sig")
-        return tomllib.loads(content) if path.suffix.lower() == ".toml" else json.loads(content)
+        return _from_toml(content, path, what) if path.suffix.lower() == ".toml" else json.loads(content)
     except FileNotFoundError:
         raise InputError(f"{what} {shown(str(path))} does not exist") from None
     except json.JSONDecodeError as error:
         raise InputError(
             f"{what} {shown(str(path))} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{what} {shown(str(path))} is not valid TOML: {' '.join(str(error).split())[:200]}") from None
     except UnicodeDecodeError:
         raise InputError(f"{what} {shown(str(path))} is not a UTF-8 text file") from None
     except OSError as error:
@@ -193,3 +190,12 @@ def read_file(path: str | Path, what: str) -> Any:
         raise
     except (ValueError, TypeError) as error:  # a path with a NUL byte, a number of 5,000 digits
         raise InputError(f"{what} {shown(str(path))} cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _from_toml(content: str, path: Path, what: str) -> Any:
+    import tomllib  # which takes milliseconds to load, and few files are TOML
+
+    try:
+        return tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{what} {shown(str(path))} is not valid TOML: {' '.join(str(error).split())[:200]}") from None

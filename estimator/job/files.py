@@ -28,8 +28,10 @@ from estimator.job.fields import (
     typed,
     whole,
 )
+from estimator.job.foreign import foreign
 from estimator.job.hf import load_config
 from estimator.job.job import Job
+from estimator.job.lora import Lora
 from estimator.job.model import ModelSpec
 from estimator.job.network import Network
 from estimator.job.options import assemble_job, resolve_cluster
@@ -62,7 +64,7 @@ def job_to_dict(job: Job) -> dict[str, Any]:
     data["cluster"]["unsourced"] = list(job.cluster.unsourced)
     for name in ("kernels_off", "pp_layers"):
         data["strategy"][name] = list(data["strategy"][name])
-    data["model"]["traced"] = _with_lists(data["model"]["traced"])
+    data["model"] = _with_lists(data["model"])
     return data
 
 
@@ -102,7 +104,13 @@ def load_job(path: str | Path, *, local_gpu: Gpu | None = None, local_host: Host
     if suffix not in (".toml", ".json"):
         raise InputError(f"job file {shown(str(path))} has the suffix {suffix!r}; allowed: .toml, .json")
     place = Place(folder=folder, local_gpu=local_gpu, local_host=local_host)
-    return job_from_dict(table("job", read_file(path, "job file")), place)
+    data = table("job", read_file(path, "job file"))
+    other = foreign(data) if data.keys() - set(SECTIONS) else None
+    if other is not None:
+        raise InputError(
+            f"job file {shown(str(path))} is {other[0]}; allowed: sections {', '.join(SECTIONS)}, or {other[1]}"
+        )
+    return job_from_dict(data, place)
 
 
 def _renamed(section: str, data: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
@@ -124,15 +132,19 @@ def _model(data: dict[str, Any], place: Place) -> ModelSpec:
     known_keys(
         "model",
         data,
-        {"name", "config"} if "config" in data or "name" in data else {f.name for f in fields(ModelSpec)} | {"config"},
+        {"name", "config", "lora"}
+        if "config" in data or "name" in data
+        else {f.name for f in fields(ModelSpec)} | {"config"},
     )
     if ("name" in data) == ("config" in data):
         raise InputError(
             "model needs exactly one of 'name' (a catalogue name), 'config' (a path), or all fields of a model"
         )
     if "name" in data:
-        return catalog.model(text("model.name", data["name"]))
-    return load_config(place.folder / text("model.config", data["config"]))
+        model = catalog.model(text("model.name", data["name"]))
+    else:
+        model = load_config(place.folder / text("model.config", data["config"]))
+    return replace(model, lora=build(Lora, "model.lora", data["lora"])) if "lora" in data else model
 
 
 def _cluster(data: dict[str, Any], place: Place) -> Cluster:

@@ -26,7 +26,12 @@ the gradient, until all of its unit are there. ``fused``: products with the weig
 
 @dataclass(frozen=True, kw_only=True)
 class FrameworkProfile:
-    """What a framework's step has that others have not. Facts of its code, each with its source."""
+    """What a framework's step has that others have not. Facts of its code, each with its source.
+
+    Read, and the programs held against runs of it: FSDP 1 and 2 of the installed torch, DeepSpeed 0.19.8. Read: megatron-core 0.14,
+    llm-foundry 0.22 and Composer 0.32 (loss, metrics, joined projections), torchtitan 0.1, 0.2 and 0.3 (units of FSDP, fp8 and MXFP8
+    linear layers), torchao 0.18. Transformer Engine's facts are from what these call and from memory; of Megatron-Bridge only what megatron-core has.
+    """
 
     name: str
     title: str
@@ -51,6 +56,8 @@ class FrameworkProfile:
     """The same of ``Strategy.prefetch_numel``."""
     live_numel: int = 0
     """The same of ``Strategy.live_numel``."""
+    own_masters: bool = False
+    """What is stepped is a copy also where the model is in fp32 already."""
     dummy_grads: bool = False
     """Where products add to the buffers themselves, autograd is given a tensor in place of each weight's gradient: one for all
     weights of a shape, for good."""
@@ -111,7 +118,9 @@ FRAMEWORKS: dict[str, FrameworkProfile] = {
         param_grads="kept",
         joins_projections=True,  # llmfoundry/models/layers/attention.py: Wqkv
         loss="kernel",  # llmfoundry/models/mpt/modeling_mpt.py: loss_fn fused_crossentropy, the default
-        logit_metrics=2,  # the same: train_metrics, LanguageCrossEntropy and LanguagePerplexity
+        # llmfoundry/metrics/__init__.py: DEFAULT_CAUSAL_LM_TRAIN_METRICS; composer/metrics/nlp.py: LanguageCrossEntropy, which
+        # LanguagePerplexity is too (0.22 also has TokenAccuracy, which reads the logits once)
+        logit_metrics=2,
         fp8="te",  # composer/trainer/trainer.py: precision amp_fp8
     ),
     "fsdp2": FrameworkProfile(
@@ -135,6 +144,7 @@ FRAMEWORKS: dict[str, FrameworkProfile] = {
         persistent_numel=100_000,
         prefetch_numel=50_000_000,
         live_numel=1_000_000_000,
+        own_masters=True,  # deepspeed/runtime/zero/stage3.py: fp32_partitioned_groups_flat; stage_1_and_2.py: single_partition_of_fp32_groups
         early_stop=False,  # deepspeed/runtime/activation_checkpointing/checkpointing.py: CheckpointFunction
         fused_norm=False,  # trains models of transformers, as above
         fused_activation=False,
@@ -177,7 +187,7 @@ def check_framework(s: Strategy) -> None:
     require_choice("framework", s.framework, get_args(Framework))
     require_choice("attention", s.attention, get_args(AttentionKernel))
     require_choice("matmul_dtype", s.matmul_dtype, get_args(MatmulDtype))
-    for field in ("compile", "compile_loss"):
+    for field in ("compile", "compile_loss", "root_apart", "whole_recompute", "grad_fusion"):
         if not isinstance(getattr(s, field), bool):
             raise invalid(field, getattr(s, field), "true or false")
     profile = FRAMEWORKS[s.framework]
@@ -186,7 +196,19 @@ def check_framework(s: Strategy) -> None:
         raise InputError(
             f"zero is {s.zero_stage} with framework {s.framework}; allowed: {allowed} ({profile.stages_are}), or another framework"
         )
+    if s.whole_recompute and (s.framework == "zerocast" or not profile.early_stop):
+        when = "never" if s.framework == "zerocast" else "always"
+        others = ", ".join(name for name, p in FRAMEWORKS.items() if p.early_stop and name != "zerocast")
+        raise InputError(
+            f"whole_recompute is true with framework {s.framework}, which {when} does so; allowed: false, or framework {others}"
+        )
+    if not s.grad_fusion and profile.param_grads != "fused":
+        raise InputError(
+            f"grad_fusion is false with framework {s.framework}, of whose products it says nothing; allowed: true, or a framework of Megatron"
+        )
     _check_fields(s)
+    if s.root_apart and profile.units != "rows":
+        raise InputError(f"root_apart is true with framework {s.framework}; allowed: false, or framework fsdp2")
     if s.framework == "zerocast" and (s.compile or s.compile_loss):
         raise InputError(
             f"{'compile' if s.compile else 'compile_loss'} is true with framework zerocast, which is not compiled; allowed: false, or another framework"

@@ -13,6 +13,7 @@ from estimator.job.context import check_context
 from estimator.job.encoder import check_encoder_strategy
 from estimator.job.experts import check_expert_strategy
 from estimator.job.grouping import check_ranks
+from estimator.job.lora import check_lora_strategy
 from estimator.job.mesh import Mesh
 from estimator.job.model import ModelSpec
 from estimator.job.operators import check_operators
@@ -21,6 +22,7 @@ from estimator.job.patches import check_images
 from estimator.job.pipeline import check_stages
 from estimator.job.sparse import check_sparse_model
 from estimator.job.strategy import Strategy
+from estimator.job.tower import check_tower_strategy
 from estimator.job.traced import check_traced
 from estimator.job.workload import Workload
 
@@ -63,6 +65,8 @@ class Job:
         check_tensor(self.model, w, s)
         check_context(self.model, w, s, self.cluster)
         check_sparse_model(self.model, s)
+        check_lora_strategy(self.model, s)
+        check_tower_strategy(self.model, s)
         check_operators(self.model, s, self.cluster)
         check_ranks(s, self.mesh.n_data)
         per_pass = w.micro_batch_size * self.dp
@@ -134,6 +138,6 @@ def first_choices(part: Strategy | ModelSpec) -> dict[str, Any]:
 def young_choices(part: Strategy | ModelSpec) -> dict[str, Any]:
     """Fields younger than the first records that are not at their defaults, nested ones as plain data."""
     first = _in_first_records(part) | {"name", "family"}
-    young = {f.name: f.default for f in fields(part) if f.name not in first}
-    plain = asdict(part)
-    return {name: plain[name] for name, default in young.items() if getattr(part, name) != default}
+    young = [f.name for f in fields(part) if f.name not in first and getattr(part, f.name) != f.default]
+    plain = asdict(part) if young else {}
+    return {name: plain[name] for name in young}

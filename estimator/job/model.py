@@ -10,12 +10,16 @@ from estimator.errors import InputError, invalid, require_choice, require_int
 from estimator.job.encoder import Encoder, check_encoder
 from estimator.job.experts import Experts
 from estimator.job.latent import LatentAttention
+from estimator.job.lora import Lora, check_lora
 from estimator.job.patches import Patches, check_patches
+from estimator.job.tower import Tower, check_tower
 from estimator.job.traced import Traced
 
 Positions = Literal["learned", "rotary", "alibi", "none", "relative"]
 Norm = Literal["layernorm", "rmsnorm"]
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
+"""``relu2``: the square of ReLU (Nemotron)."""
+QkNorms = Literal["head", "each", "all", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,26 @@ class ModelSpec:
 
     patches: Patches | None = None
     """With an ``encoder`` alone: patches of images are read in place of tokens, and ``vocab_size`` is the number of classes."""
+    shared_norm: bool = False
+    """With ``parallel_residual``: attention and MLP read what one norm makes (GPT-J, Falcon-7B, Phi, Command-R)."""
+    norm_weight: bool = True
+    """False: norms of the residual stream have no weights (OLMo)."""
+    qk_norms: QkNorms = "head"
+    """With ``qk_norm``, what it is. ``head``: as said there. Of the model's own kind of norm, without bias: ``each``, with weights of
+    each head's own (Command-R+, StableLM 2); ``all``, over all heads together (OLMo 2); ``plain``, of each head, without weights
+    (Llama 4)."""
+    caps_logits: bool = False
+    """Logits go through ``cap * tanh(logits / cap)`` before the loss (Gemma 2)."""
+    clips_qkv: bool = False
+    """Queries, keys and values are clamped (OLMo, DBRX)."""
+    global_first: bool = False
+    """With ``global_every`` n it is layers 0, n, 2 n, ... that attend globally (GPT-Neo), not n - 1, 2 n - 1, ..."""
+    unrotated_every: int = 0
+    """Every n-th layer leaves positions out (SmolLM3, Llama 4); 0: none does."""
+    lora: Lora | None = None
+    """Adapters, which alone are trained: everything else is frozen."""
+    tower: Tower | None = None
+    """A vision tower that is held while text alone is trained on."""
     traced: Traced | None = None
     """A module of the user's own: these records say all there is to know of it (``traced_spec``), the fields above nothing."""
 
@@ -102,11 +126,12 @@ class ModelSpec:
             "max_positions",
         ):
             require_int(f"model.{field}", getattr(self, field))
-        for field in ("position_rows", "embed_dim", "sliding_window", "global_every"):
+        for field in ("position_rows", "embed_dim", "sliding_window", "global_every", "unrotated_every"):
             require_int(f"model.{field}", getattr(self, field), minimum=0)
         require_choice("model.positions", self.positions, get_args(Positions))
         require_choice("model.norm", self.norm, get_args(Norm))
         require_choice("model.activation", self.activation, get_args(Activation))
+        require_choice("model.qk_norms", self.qk_norms, get_args(QkNorms))
         if self.n_heads % self.n_kv_heads:
             raise invalid("model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads = {self.n_heads}")
         if not 0.0 < self.rotary_fraction <= 1.0:
@@ -118,12 +143,31 @@ class ModelSpec:
             )
         if self.norm == "rmsnorm" and self.norm_bias:
             raise InputError("model.norm_bias is True with norm = 'rmsnorm'; RMSNorm has no bias")
+        self._check_norms()
         check_encoder(self)
         check_patches(self)
+        if self.activation == "relu2" and self.gated_mlp:
+            raise InputError(
+                "model.activation is 'relu2' with gated_mlp, which is not forecast yet; allowed: an MLP without a gate"
+            )
         if self.experts is not None and not self.gated_mlp:
             raise InputError("model.gated_mlp is False with experts; experts are gated MLPs")
         if self.latent is not None:
             self._check_latent(self.latent)
+        check_lora(self)
+        check_tower(self)
+
+    def _check_norms(self) -> None:
+        if self.shared_norm and not self.parallel_residual:
+            raise InputError("model.shared_norm is True without parallel_residual, whose two norms it makes one")
+        if self.parallel_residual and (self.sandwich_norms or not self.pre_norm):
+            raise InputError(
+                "model.parallel_residual is True with norms behind attention and MLP; allowed: before them"
+            )
+        if not self.norm_weight and self.norm_bias:
+            raise InputError("model.norm_bias is True with norm_weight False; allowed: neither, or weights")
+        if self.qk_norms != "head" and not self.qk_norm:
+            raise InputError(f"model.qk_norms is {self.qk_norms!r} without qk_norm")
 
     def _check_latent(self, latent: LatentAttention) -> None:
         if self.head_dim != latent.head_dim:
@@ -134,9 +178,11 @@ class ModelSpec:
             raise InputError(
                 "model.positions and rotary_fraction are not 'rotary' and 1.0, which latent attention needs"
             )
-        for field in ("qkv_bias", "qk_norm", "attn_sinks"):
+        for field in ("qkv_bias", "qk_norm", "attn_sinks", "unrotated_every", "clips_qkv"):
             if getattr(self, field):
-                raise InputError(f"model.{field} is True with latent attention, which is described without")
+                raise InputError(
+                    f"model.{field} is {getattr(self, field)!r} with latent attention, which is described without"
+                )
 
     @property
     def d_attn(self) -> int:
@@ -168,9 +214,13 @@ class ModelSpec:
 
     def window_of(self, layer: int) -> int:
         """Attention window of ``layer`` (0-based) in tokens; 0 when it attends globally."""
-        if self.sliding_window and self.global_every and (layer + 1) % self.global_every == 0:
+        if self.sliding_window and self.global_every and (layer + (not self.global_first)) % self.global_every == 0:
             return 0
         return self.sliding_window
+
+    def rotates(self, layer: int) -> bool:
+        """Whether ``layer`` (0-based) rotates queries and keys by their positions."""
+        return self.rotary_dim > 0 and not (self.unrotated_every and (layer + 1) % self.unrotated_every == 0)
 
 
 def traced_spec(name: str, traced: Traced) -> ModelSpec:

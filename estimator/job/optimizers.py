@@ -40,6 +40,22 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
     "muon": OptimizerFacts(1, 20 + 12, flat=False),
 }
 
+OptimizerImpl = Literal["fused", "foreach"]
+
+
+class ForeachFacts(NamedTuple):
+    """Of torch's ``foreach`` steps, list by list over all of a rank's parameters (``torch/optim/adam.py``, ``sgd.py``, ``adagrad.py``)."""
+
+    n_lists: int
+    """Of new tensors, as many and as large as the parameters, that are there at once (measured on torch 2.13)."""
+    step_bytes: int
+    """Moved per element of fp32: what every ``_foreach_`` call reads and writes."""
+
+
+FOREACH: dict[str, ForeachFacts] = {
+    "adamw": ForeachFacts(1, 80), "adam": ForeachFacts(1, 72), "sgd": ForeachFacts(0, 32), "adagrad": ForeachFacts(2, 52),
+}  # fmt: skip
+
 STATE_BLOCK = 256
 """Numbers of an 8-bit state that share one fp32 magnitude."""
 MUON_ITERATIONS = 5
@@ -49,6 +65,14 @@ MUON_ITERATIONS = 5
 def check_optimizer(s: Strategy) -> None:
     """Raises ``InputError``."""
     require_choice("optimizer", s.optimizer, get_args(Optimizer))
+    require_choice("optimizer_impl", s.optimizer_impl, get_args(OptimizerImpl))
+    if s.optimizer_impl == "foreach" and s.framework not in ("fsdp1", "fsdp2"):
+        raise InputError(
+            f"optimizer_impl is 'foreach' with framework {s.framework}, whose steps are kernels of its own; allowed: fused, or framework "
+            "fsdp1 or fsdp2"
+        )
+    if s.optimizer_impl == "foreach" and s.optimizer not in FOREACH:
+        raise InputError(f"optimizer_impl is 'foreach' with optimizer {s.optimizer!r}; allowed: {', '.join(FOREACH)}")
     if OPTIMIZERS[s.optimizer].flat:
         return
     for present, what, allowed in (

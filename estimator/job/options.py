@@ -11,11 +11,14 @@ from estimator.errors import InputError
 from estimator.job.cluster import Cluster, Gpu, Host
 from estimator.job.fields import hints_of, shown, typed, whole
 from estimator.job.hf import load_config
+from estimator.job.hf_lora import load_adapter
 from estimator.job.job import Job
+from estimator.job.lora import Lora
 from estimator.job.model import ModelSpec
 from estimator.job.network import Network
 from estimator.job.pipeline import stage_sizes
 from estimator.job.strategy import Strategy
+from estimator.job.tower import with_tower
 from estimator.job.workload import Workload
 from estimator.units import MIB
 
@@ -31,6 +34,15 @@ class JobOptions:
     """Catalogue name, ``config.json``, or a folder with one."""
     gpu: str
     """Catalogue name (of a GPU or of a machine type with it), ``"cpu"``, or the name of this machine's calibrated profile."""
+    lora_rank: int = 0
+    """Of adapters, which alone are trained; 0: there are none."""
+    lora_alpha: float = 0.0
+    """Default: the rank."""
+    lora_dropout: float = 0.0
+    lora_targets: str = ""
+    """Parts of blocks or projections that have adapters, separated by commas. Default: all."""
+    lora_config: str = ""
+    """PEFT's ``adapter_config.json``, or its folder, in place of these."""
     gpus: int = 8
     gpus_per_node: int | None = None
     """Default: what is usual for the GPU; on ``cpu`` one node holds all."""
@@ -93,6 +105,7 @@ class JobOptions:
     global_batch: int | None = None
     """Sequences per step. Default: micro_batch x data-parallel GPUs (no accumulation)."""
     optimizer: str = "adamw"
+    optimizer_impl: str = "fused"
     bucket_bytes: int = 64 * MIB
     prefetch_depth: int = 1
     persistent_numel: int = 0
@@ -105,8 +118,12 @@ class JobOptions:
     compile: bool = False
     compile_loss: bool = False
     """With a framework other than zerocast."""
+    root_apart: bool = False
+    """With framework fsdp2."""
     attention: str = "flash"
     matmul_dtype: str = "model"
+    train_tower: bool = False
+    """An image-text model's vision tower is held as trained parameters are; else frozen."""
     kernels_off: str = ""
     """Kernels of the runtime to switch off, separated by commas; ``all`` for every one."""
 
@@ -118,7 +135,9 @@ def build_job(options: JobOptions, *, local_gpu: Gpu | None = None, local_host: 
     Raises ``InputError`` for the first thing that is wrong.
     """
     strategy, nodes, batch = job_parts(options, local_gpu=local_gpu, local_host=local_host)
-    return assemble_job(resolve_model(typed("model", options.model, str)), nodes, strategy, batch)
+    model, lora = resolve_model(typed("model", options.model, str)), adapters_of(options)
+    model = model if lora is None else replace(model, lora=lora)
+    return assemble_job(with_tower(model, trained=options.train_tower), nodes, strategy, batch)
 
 
 def job_parts(
@@ -140,6 +159,7 @@ def job_parts(
         master_dtype=o.master_dtype,  # type: ignore[arg-type]
         state_dtype=o.state_dtype,  # type: ignore[arg-type]
         optimizer=o.optimizer,  # type: ignore[arg-type]
+        optimizer_impl=o.optimizer_impl,  # type: ignore[arg-type]
         shard_size=o.shard_size,
         quantized_weights=o.quantized_weights,
         secondary_shard=o.secondary_shard,
@@ -170,6 +190,7 @@ def job_parts(
         live_numel=o.live_numel,
         compile=o.compile,
         compile_loss=o.compile_loss,
+        root_apart=o.root_apart,
         attention=o.attention,  # type: ignore[arg-type]
         matmul_dtype=o.matmul_dtype,  # type: ignore[arg-type]
         kernels_off=tuple(name.strip() for name in o.kernels_off.split(",") if name.strip()),
@@ -187,6 +208,30 @@ def job_parts(
     if not network.is_plain:
         nodes = replace(nodes, network=network)
     return strategy, nodes, {"seq_len": o.seq_len, "micro_batch": o.micro_batch, "global_batch": o.global_batch}
+
+
+def adapters_of(options: JobOptions) -> Lora | None:
+    """What ``options`` say of adapters. Raises ``InputError`` where they say it twice, or in part."""
+    given = {field: getattr(options, f"lora_{field}") for field in ("alpha", "dropout", "targets")}
+    named = [f"lora_{field}" for field, value in given.items() if value]
+    rank = typed("lora_rank", options.lora_rank, int)
+    if options.lora_config:
+        if rank or named:
+            raise InputError(
+                f"lora_config and {'lora_rank' if rank else named[0]} are both given; allowed: one of them"
+            )
+        return load_adapter(typed("lora_config", options.lora_config, str))
+    if rank == 0 and named:
+        raise InputError(f"{named[0]} is given without lora_rank, which it needs")
+    if rank == 0:
+        return None
+    targets = tuple(
+        name.strip() for name in typed("lora_targets", options.lora_targets, str).split(",") if name.strip()
+    )
+    return Lora(
+        rank=rank, alpha=typed("lora_alpha", options.lora_alpha, float),
+        dropout=typed("lora_dropout", options.lora_dropout, float), targets=targets or ("all",),
+    )  # fmt: skip
 
 
 def resolve_model(name: str) -> ModelSpec:

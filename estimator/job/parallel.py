@@ -19,6 +19,10 @@ def check_tensor(model: ModelSpec, w: Workload, s: Strategy) -> None:
     for field in ("n_heads", "n_kv_heads", "d_ff"):
         if getattr(model, field) % s.tp:
             raise InputError(f"tp is {s.tp}; allowed: a divisor of {field} = {getattr(model, field)} of {model.name}")
+    if model.qk_norms in ("each", "all"):
+        raise InputError(
+            f"tp is {s.tp}, but queries' and keys' norms of {model.name} have weights for every head; allowed: 1"
+        )
     held = -(-model.vocab_size // s.tp)
     if held * (s.tp - 1) >= model.vocab_size:
         raise InputError(

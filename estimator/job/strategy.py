@@ -13,7 +13,7 @@ from estimator.job.framework import FRAMEWORKS, AttentionKernel, Framework, Matm
 from estimator.job.grouping import check_groups
 from estimator.job.kernels import KERNELS
 from estimator.job.offload import check_offload
-from estimator.job.optimizers import OPTIMIZERS, check_optimizer
+from estimator.job.optimizers import OPTIMIZERS, OptimizerImpl, check_optimizer
 from estimator.job.optimizers import Optimizer as Optimizer
 from estimator.job.pipeline import PipelineSchedule, check_pipeline
 from estimator.job.precision import check_precision
@@ -143,10 +143,22 @@ class Strategy:
     """Blocks run through torch.compile (frameworks other than this project's runtime)."""
     compile_loss: bool = False
     """So does the loss: it reads the logits, which are kept, and makes their gradient of them (torchtitan since 2025)."""
+    root_apart: bool = False
+    """FSDP2: the embedding is a unit of its own, and so is the head with the last norm, which stays after the forward pass, as in torchtitan
+    since 0.2. False, or with tied embeddings: what is of no block is one unit, and stays."""
+    grad_fusion: bool = True
+    """Megatron-LM's products add weights' gradients to where they are kept; False: passes of their own do (its
+    ``--no-gradient-accumulation-fusion``, and its versions before 2022)."""
+    whole_recompute: bool = False
+    """Of frameworks on PyTorch's checkpoint: recomputation of a block runs all of it again, as with reentrance, and before torch 2.1 in
+    any case; False: it ends with the last tensor that backward needs (``FrameworkProfile.early_stop``)."""
     attention: AttentionKernel = "flash"
     """``efficient``: torch's memory-efficient kernel; ``math`` and ``eager``: all scores exist, in torch's SDPA or written out."""
     matmul_dtype: MatmulDtype = "model"
     """``fp8``: the linear layers of blocks multiply in fp8."""
+    optimizer_impl: OptimizerImpl = "fused"
+    """With framework fsdp1 or fsdp2: torch's optimizer steps in one kernel (``fused=True``, as torchtitan), or operator by operator over
+    lists of all parameters, which is torch's own default on GPUs and has temporaries as large as a state."""
     overlap_comm: bool | None = None
     """DeepSpeed's stages 1 and 2: a second bucket is filled while one is reduced. None: not, which is DeepSpeed's default there."""
     prefetch_numel: int = 0

@@ -54,9 +54,15 @@ def device_memory(
         return DeviceMemory(outside, None, used, used, _probability(used, outside, capacity))
     assert settings is not None
     subject = subject._replace(requests=REQUESTS[job.strategy.framework], workspace_bytes=outside.workspace_bytes)
-    limit = capacity - outside.total_bytes
+    beyond = subject.beyond_bytes
+    limit = capacity - outside.total_bytes - beyond
     result, needed = _within(subject, settings, limit)
-    needed += outside.total_bytes
+    result = result._replace(
+        reserved_bytes=result.reserved_bytes + beyond,
+        allocated_bytes=result.allocated_bytes + beyond,
+        requested_bytes=result.requested_bytes + beyond,
+    )
+    needed += outside.total_bytes + beyond
     used = needed if result.is_out_of_memory else result.reserved_bytes + outside.total_bytes
     return DeviceMemory(outside, result, used, needed, _probability(needed, outside, capacity))
 

@@ -52,25 +52,73 @@ class _Meter:
         self.category_peak: dict[str, int] = {}
 
     def add(self, category: str, n_bytes: int) -> None:
-        value = self.live.get(category, 0) + n_bytes
-        self.live[category] = value
+        value = self.live[category] = self.live.get(category, 0) + n_bytes
         self.total += n_bytes
         if n_bytes > 0 and value > self.category_peak.get(category, 0):
             self.category_peak[category] = value
 
 
 def read_memory(
-    program: StepProgram, units: Sequence[Unit], costs: Sequence[UnitCost], buffers: Iterable[Buffer] = (),
-    passings: Passings | None = None,
+    program: StepProgram, units: Sequence[Unit], costs: Sequence[UnitCost], buffers: Iterable[Buffer] = ()
 ) -> StepMemory:  # fmt: skip
     """Live bytes of ``program`` where the compute of ``units[i]`` costs ``costs[i]``.
 
     ``buffers`` are further device bytes that live all the time (a model's tables). A section that repeats and leaves
     behind what it found needs one reading; another one needs two, as turns are alike from the second on, or all where passes
-    of a pipeline pile up activations or take them down. ``passings``: what was learned of the passes of a pipeline's other stages,
-    whose programs and costs must be kept as long.
+    of a pipeline pile up activations or take them down.
     """
-    return _Reader(units, costs, passings).read(program, buffers)
+    return _Reader(units, costs).read(program, buffers)
+
+
+class PeakReader:
+    """``read_memory``'s ``peak_bytes`` alone, for the ranks of a pipeline, whose equal passes are one object: of each it is read once how
+    far live bytes rise in it and what it leaves behind. Programs and costs must be kept as long as the reader."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
+        """Rise and remainder of a pass by identity of the units' costs and of its events."""
+
+    def read(self, program: StepProgram, costs: Sequence[UnitCost], buffers: Iterable[Buffer] = ()) -> int:
+        known = self._known.setdefault(tuple(map(id, costs)), {})
+        live = peak = sum(buffer.n_bytes for buffer in buffers)
+        for section in (Section("init", program.init), *program.step):
+            rise = left = 0  # of one turn
+            for events in section.passes or (section.events,):
+                swing = known.get(id(events))
+                if swing is None:
+                    swing = known[id(events)] = _swing(events, costs)
+                rise = max(rise, left + swing[0])
+                left += swing[1]
+            turns = section.repeat if section.passes else min(2, section.repeat)
+            peak = max(peak, live + rise + max(0, (turns - 1) * left))
+            live += turns * left
+        return peak
+
+
+def _swing(events: Sequence[Event], costs: Sequence[UnitCost]) -> tuple[int, int]:
+    """How far live device bytes rise during ``events``, and by how much more they are at the end."""
+    totals: dict[int, tuple[int, int]] = {}
+    rise = live = 0
+    for event in events:
+        kind = type(event)
+        if kind is Alloc or kind is Free:
+            buffer = event.buffer  # type: ignore[union-attr]
+            if buffer.place == "device":
+                live += buffer.n_bytes if kind is Alloc else -buffer.n_bytes
+        elif kind is Recv or kind is Sent:
+            live += event.n_bytes if kind is Recv else -event.n_bytes  # type: ignore[union-attr]
+        elif kind is Compute:
+            memory = costs[event.unit].memory_of(event.phase)  # type: ignore[union-attr]
+            if id(memory) not in totals:
+                totals[id(memory)] = sum(memory.peak.values()), sum(memory.after.values())
+            inside, after = totals[id(memory)]
+            rise = max(rise, live + inside)
+            live += after
+            continue
+        else:
+            continue
+        rise = max(rise, live)
+    return rise, live
 
 
 Where = str | tuple[str, int]
@@ -122,21 +170,16 @@ class _Moment(NamedTuple):
     """What follows on passes, by identity of their events."""
 
 
-Passings = dict[tuple[int, ...], _Passing | None]
-"""By identity of a pass's events and of the units' costs; ``None`` for one that changes host memory."""
-
-
 class _Reader:
-    def __init__(self, units: Sequence[Unit], costs: Sequence[UnitCost], passings: Passings | None = None) -> None:
+    def __init__(self, units: Sequence[Unit], costs: Sequence[UnitCost]) -> None:
         self.units, self.costs = units, costs
         self.device, self.host = _Meter(), _Meter()
         self.phase = "init"
         self.where: Where = "start"
         self.floor = -1
         self.phase_where: dict[str, Where] = {}
-        self._shares = passings is not None
-        self._passings: Passings = {} if passings is None else passings
-        self._kind = tuple(map(id, costs))
+        self._passings: dict[int, _Passing | None] = {}
+        """By identity of a pass's events; ``None`` for one that changes host memory."""
         self.phase_peak: dict[str, int] = {}
         self.phase_categories: dict[str, dict[str, int]] = {}
         self.at: tuple[str, Where] = ("init", "start")
@@ -152,6 +195,7 @@ class _Reader:
                 cost.forward_memory,
                 cost.backward_memory,
                 *(cost.split[2:] if cost.split is not None else ()),
+                *(cost.replayed[1:] if cost.replayed is not None else ()),
             )
         }
 
@@ -210,20 +254,19 @@ class _Reader:
     def _section(self, section: Section) -> None:
         """A pipeline's passes, of which many are equal, are each read once and then only added; one that finds what an equal one has
         found before raises no maximum, and leaves what that one left."""
-        if not section.passes and not self._shares:
+        if not section.passes:
             self._events(section.events)
             return
         moments: dict[Any, list[_Moment]] = {}
         now = read = self._moment(moments)
-        for events in section.passes or (section.events,):
+        for events in section.passes:
             then = now.then.get(id(events))
             if then is None:
                 if now is not read:
                     self._return_to(now)
-                key = (id(events), *self._kind)
-                if key not in self._passings:
-                    self._passings[key] = self._passing(events)
-                known = self._passings[key]
+                if id(events) not in self._passings:
+                    self._passings[id(events)] = self._passing(events)
+                known = self._passings[id(events)]
                 if known is None:
                     self._events(events)
                 else:

@@ -80,6 +80,8 @@ class Subject(NamedTuple):
     requests: Requests = Requests()
     workspace_bytes: int = 0
     """What the first matrix product takes for good."""
+    beyond_bytes: int = 0
+    """What the step's peak is above that of what is replayed, where this is not the step itself but like it."""
 
 
 def can_replay(costs: Sequence[UnitCost]) -> bool:

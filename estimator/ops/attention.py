@@ -146,7 +146,7 @@ def _softmax(g: Graph, name: str, x: Ref, numel: int, width: int, *, in_place: b
             passes_grad=in_place,
         )
     )
-    g.nodes[-1].saves = (y,)
+    g.nodes[-1].saves = (y,) if g.tensors[y].n_grad_bytes else ()
     return y
 
 

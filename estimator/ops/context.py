@@ -10,6 +10,7 @@ from estimator.ops.graph import Graph
 from estimator.ops.operator import Op
 from estimator.ops.ring import Heads, ring_attention
 from estimator.ops.tape import Node, Ref
+from estimator.ops.window import windowed
 
 
 class Context(NamedTuple):
@@ -45,7 +46,9 @@ def _ulysses(g: Graph, context: Context, heads: Heads, q: Ref, k: Ref, v: Ref) -
             q, k, v, batch=heads.batch, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=heads.head_dim,
             window=heads.window, rows=g.rows * n,
         )  # fmt: skip
-        return _given_back(g, context, out, width)
+        windowed(g, heads._replace(n_heads=n_heads, n_kv_heads=n_kv_heads), g.rows * n)
+        # a flash kernel's result lies as its queries do, which is as a message does
+        return _given_back(g, context, out, width, is_packed=g.style.attention != "flash" and heads.batch > 1)
 
 
 def _all_to_all(g: Graph, context: Context, n_bytes: int, *, backward: bool) -> Op:
@@ -76,19 +79,23 @@ def _exchanged(g: Graph, context: Context, heads: tuple[Ref, ...], widths: tuple
     return outputs
 
 
-def _given_back(g: Graph, context: Context, out: Ref, width: int) -> Ref:
-    """Tokens of this rank's heads for heads of this rank's tokens."""
+def _given_back(g: Graph, context: Context, out: Ref, width: int, *, is_packed: bool) -> Ref:
+    """Tokens of this rank's heads for heads of this rank's tokens; ``is_packed``: they are copied to a message first."""
     n_bytes = g.rows * width * g.width
     return g.record(
         Node(
             (out,),
             (g.activation(width),),
-            forward=(_all_to_all(g, context, n_bytes, backward=False), g.elementwise("unpack_heads", 2 * n_bytes)),
+            forward=(
+                *((g.elementwise("pack_heads", 2 * n_bytes),) if is_packed else ()),
+                _all_to_all(g, context, n_bytes, backward=False),
+                g.elementwise("unpack_heads", 2 * n_bytes),
+            ),
             backward=(
                 g.elementwise("pack_heads", 2 * n_bytes, 0, True),
                 _all_to_all(g, context, n_bytes, backward=True),
             ),
-            forward_temp_bytes=n_bytes,
+            forward_temp_bytes=2 * n_bytes if is_packed else n_bytes,
             backward_temp_bytes=n_bytes,
         )
     )

@@ -28,6 +28,13 @@ class SplitBackward(NamedTuple):
     weights_memory: PassMemory
 
 
+class Replayed(NamedTuple):
+    """A pass of its own of what runs again."""
+
+    ops: tuple[Op, ...]
+    memory: PassMemory
+
+
 class Source(NamedTuple):
     """From what a unit's cost was derived."""
 
@@ -50,17 +57,30 @@ class UnitCost(NamedTuple):
     split: SplitBackward | None = None
     """Where backward is two passes (zero-bubble pipelines)."""
     source: Source | None = None
-    """``None`` where the operators were not recorded on a tape."""
+    """``None`` where the operators were not recorded on a tape, or are a part of what was."""
+    replayed: Replayed | None = None
+    """Of a layer that is a unit of its own (``estimator.ops.pieces``): what of it runs again before the backward pass of the unit
+    that it is of; ``recompute`` is then empty."""
+
+    @property
+    def again(self) -> tuple[Op, ...]:
+        """Forward operators that run again, in whichever pass."""
+        return self.recompute if self.replayed is None else self.replayed.ops
 
     def memory_of(self, phase: str) -> PassMemory:
         """Of the pass that ``Compute`` calls ``phase``."""
         if phase in ("input_grad", "weight_grad"):
             assert self.split is not None
             return self.split.inputs_memory if phase == "input_grad" else self.split.weights_memory
+        if phase == "recompute":
+            assert self.replayed is not None
+            return self.replayed.memory
         return self.backward_memory if phase == "backward" else self.forward_memory
 
     def ops_of(self, phase: str) -> tuple[Op, ...]:
         """What that pass runs, recomputation included."""
+        if phase == "recompute":
+            return self.again
         if phase == "weight_grad":
             assert self.split is not None
             return self.split.weights

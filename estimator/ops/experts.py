@@ -64,8 +64,32 @@ def _expert_mlps(g: Graph, spec: ModelSpec, experts: Experts, rows: Ref, ranks: 
     with g.call(rows), g.of_rows(ranks.rows(experts, g.rows)):
         gate = _grouped_linear(g, rows, d, f, some)
         up = _grouped_linear(g, rows, d, f, some, input_is_cast=g.style.joined_columns)
-        inner = g.gated_activate(gate, up, f, spec.activation)
+        if experts.clamp and g.style.own:
+            inner = _clamped(g, gate, up, f)
+        else:
+            inner = g.gated_activate(gate, up, f, spec.activation)
         return _grouped_linear(g, inner, f, d, some)
+
+
+def _clamped(g: Graph, gate: Ref, up: Ref, width: int) -> Ref:
+    """``runtime.clamped``: statement by statement in plain torch."""
+    numel = g.rows * width
+    n_bytes = numel * g.width
+    return g.record(
+        Node(
+            (gate, up),
+            (g.activation(width),),
+            forward=(g.elementwise("clamped_activation", 16 * n_bytes, 7 * numel)._replace(launches=7),),
+            backward=(
+                g.elementwise("clamped_activation_backward", 46 * n_bytes, 18 * numel, True)._replace(launches=18),
+            ),
+            saves=(gate, up),
+            forward_temp_bytes=n_bytes,
+            backward_temp_bytes=n_bytes + numel,
+            saves_after=True,
+            remakes="activation",
+        )
+    )
 
 
 class _Some(NamedTuple):

@@ -57,6 +57,7 @@ def activation_node(t: Tape, inputs: tuple[Ref, ...], width: int, name: str, *, 
         param_grad_bytes=width * t.width if bias else 0,
         saves_after=True,
         remakes="activation",
+        makes_all_grads=True,
     )
 
 
@@ -89,6 +90,8 @@ def linear_cross_entropy_node(
 ) -> Node:
     """``linear_cross_entropy``: logits of some rows at a time, all gradients in the forward pass, kept for backward."""
     w, shape = t.width, (t.rows, width, vocab_size)
+    if t.frozen:
+        return _frozen_linear_cross_entropy(t, h, shape, factor_is_one=factor_is_one, bias=bias)
     forward, backward = linear_cross_entropy.cost(shape, t.dtype, w, bias=bias, factor_is_one=factor_is_one)
     stride = linear_cross_entropy.logits_stride(vocab_size, w)
     chunk_rows = min(t.rows, linear_cross_entropy.default_chunk_rows(*shape))
@@ -107,6 +110,30 @@ def linear_cross_entropy_node(
         param_grad_bytes=bias_bytes if pending else weight_bytes + bias_bytes,
         pending_grad_bytes=weight_bytes if pending else 0,
         pending_category=_LOSS,
+        kept_grads=_LOSS,
+        saves_after=True,
+    )
+
+
+def _frozen_linear_cross_entropy(
+    t: Tape, h: Ref, shape: tuple[int, int, int], *, bias: bool, factor_is_one: bool
+) -> Node:
+    """The same with weights that have no gradients: the hidden states' gradient alone is made and kept."""
+    forward, backward = linear_cross_entropy.cost(
+        shape, t.dtype, t.width, bias=bias, factor_is_one=factor_is_one, of_weights=False
+    )
+    n_rows, width, vocab_size = shape
+    stride = linear_cross_entropy.logits_stride(vocab_size, t.width)
+    chunk_rows = min(n_rows, linear_cross_entropy.default_chunk_rows(*shape))
+    return Node(
+        (h,),
+        (t.tensor(4, _LOSS),),
+        forward=tuple(forward),
+        backward=tuple(backward),
+        aux=(t.tensor(n_rows * width * t.width, _LOSS, grad=False),),
+        forward_temp_bytes=chunk_rows * stride * t.width + 4 * n_rows,
+        backward_temp_bytes=8 if t.dtype == "fp16" else 0,
+        temp_category=_LOSS,
         kept_grads=_LOSS,
         saves_after=True,
     )

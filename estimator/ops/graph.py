@@ -7,7 +7,7 @@ further formula: the operators of the backward pass, what is kept for it, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from estimator.ops import fused, written_out
@@ -42,16 +42,18 @@ class Graph(Tape):
     # ---- operators ------------------------------------------------------------------------------------------------
 
     def linear(
-        self, x: Ref, n_in: int, n_out: int, *, bias: bool, category: str = "activations", pending: bool = False
-    ) -> Ref:
+        self, x: Ref, n_in: int, n_out: int, *, bias: bool, category: str = "activations", pending: bool = False,
+        trained: bool = False,
+    ) -> Ref:  # fmt: skip
         """``x @ W.T + b``. Backward multiplies twice and adds the parameter gradient to the flat buffer."""
         out = self.tensor(self.rows * n_out * self.width, category)
         product = products_of(self, n_in, n_out)
-        return self._project(x, (out,), product, n_in, n_out, bias=bias, pending=pending)
+        return self._project(x, (out,), product, n_in, n_out, bias=bias, pending=pending, trained=trained)
 
     def _project(
-        self, x: Ref, outputs: tuple[Ref, ...], p: Products, n_in: int, n_out: int, *, bias: bool, pending: bool = False
-    ) -> Ref:
+        self, x: Ref, outputs: tuple[Ref, ...], p: Products, n_in: int, n_out: int, *, bias: bool, pending: bool = False,
+        trained: bool = False,
+    ) -> Ref:  # fmt: skip
         """One product, whose result ``outputs`` are parts of."""
         m, w = self.rows, self.width
         weight_bytes, bias_bytes = 0 if self.style.fused_wgrad else n_in * n_out * w, n_out * w if bias else 0
@@ -65,8 +67,8 @@ class Graph(Tape):
                 (x,),
                 outputs,
                 forward=p.forward,
-                backward=(*p.input_grad, *of_weights),
-                saves=() if p.kept_bytes else (x,),
+                backward=(*(p.input_grad if self.tensors[x].n_grad_bytes else ()), *of_weights),
+                saves=() if p.kept_bytes or (self.frozen and not trained) else (x,),
                 aux=(self.tensor(p.kept_bytes, grad=False),) if p.kept_bytes else (),
                 forward_temp_bytes=p.forward_temp_bytes,
                 backward_temp_bytes=p.backward_temp_bytes,
@@ -75,6 +77,8 @@ class Graph(Tape):
                 cached=self.n_matmuls % 2 == 1,
                 # logits are too large to wait
                 late=late if self.tensors[outputs[0]].category == "activations" else None,
+                trained=trained,
+                saves_weight=self.frozen and not trained,
             )
         )
 
@@ -120,18 +124,21 @@ class Graph(Tape):
         """RMSNorm of every one of ``n_heads`` (this rank's) heads with one weight."""
         return self.norm(x, head_dim, rms=True, bias=False, rows=self.rows * n_heads)
 
-    def norm(self, x: Ref, width: int, *, rms: bool, bias: bool, rows: int | None = None) -> Ref:
-        """LayerNorm (in plain torch one native operator) or RMSNorm over ``width`` elements of ``rows`` rows."""
+    def norm(
+        self, x: Ref, width: int, *, rms: bool, bias: bool, rows: int | None = None, n_weights: int | None = None
+    ) -> Ref:
+        """LayerNorm (in plain torch one native operator) or RMSNorm over ``width`` elements of ``rows`` rows, with ``n_weights``
+        (by default ``width``)."""
         rows = self.stream_rows if rows is None else rows
         name = "rms_norm" if rms else "layer_norm"
-        if name in self.kernels:
+        if name in self.kernels and n_weights is None:
             return self.record(fused.norm_node(self, x, None, rows, width, rms=rms, bias=bias))
-        if rms and not self.style.fused_norm:
+        if rms and not self.style.fused_norm and n_weights is None:
             return written_out.rms_norm(self, x, rows, width)
         n, w = rows * width, self.width
         out = self.tensor(n * w)
         stats = self.tensor(rows * (4 if rms else 2 * self.stat_bytes), grad=False)
-        grad_bytes = width * w * (2 if bias else 1)
+        grad_bytes = (width if n_weights is None else n_weights) * w * (2 if bias else 1)
         low, beside = self.dtype != "fp32", rms and not self.style.lean_kernels
         return self.record(
             Node(
@@ -149,15 +156,17 @@ class Graph(Tape):
             )
         )
 
-    def add_norm(self, x: Ref, residual: Ref, width: int, *, rms: bool, bias: bool) -> tuple[Ref, Ref]:
+    def add_norm(
+        self, x: Ref, residual: Ref, width: int, *, rms: bool, bias: bool, n_weights: int | None = None
+    ) -> tuple[Ref, Ref]:
         """The norm of ``residual + x`` and that sum: one kernel, or an addition and a norm."""
-        if ("rms_norm" if rms else "layer_norm") in self.kernels:
+        if ("rms_norm" if rms else "layer_norm") in self.kernels and n_weights is None:
             node = fused.norm_node(self, x, residual, self.stream_rows, width, rms=rms, bias=bias)
             return self.record(node), node.outputs[1]
         with self.call(x, residual):
             total = self.add(residual, x, width)
             with self.call(total):
-                return self.norm(total, width, rms=rms, bias=bias), total
+                return self.norm(total, width, rms=rms, bias=bias, n_weights=n_weights), total
 
     def rotary(self, x: Ref, shape: tuple[int, int, int, int], rotary_dim: int) -> Ref:
         """Rotation by position (Su et al. 2021) of ``shape`` ``[B, S, H, D]``: keeps nothing but the shared tables."""
@@ -223,13 +232,28 @@ class Graph(Tape):
             aux=(lse,),
             cached=True,
             saves_after=True,
+            makes_all_grads=True,
         )
         if self.style.attention == "efficient":
             return efficient_attention(self, Heads(batch, n_heads, n_kv_heads, head_dim, rows), node)
         return self.record(node)
 
     def activate(self, x: Ref, width: int, name: str) -> Ref:
-        """The activation ``name``: keeps its input; torch's ReLU its output."""
+        """The activation ``name``: keeps its input; torch's ReLU its output, which is what its square keeps too."""
+        if name == "relu2":
+            x = self.activate(x, width, "relu")
+            n_bytes = self.rows * width * self.width
+            with self.call(x):
+                return self.record(
+                    Node(
+                        (x,),
+                        (self.activation(width),),
+                        forward=(self.elementwise("square", 2 * n_bytes, self.rows * width),),
+                        backward=(self.elementwise("square_backward", 3 * n_bytes, 2 * self.rows * width, True),),
+                        saves=(x,),
+                        backward_temp_bytes=n_bytes,
+                    )
+                )
         if "activation" in self.kernels:
             return self.record(fused.activation_node(self, (x,), width, name))
         n_bytes, out = self.rows * width * self.width, self.activation(width)
@@ -244,13 +268,36 @@ class Graph(Tape):
             )
         )
 
-    def linear_activate(self, x: Ref, n_in: int, n_out: int, name: str, *, bias: bool) -> Ref:
-        """``activation(x @ W.T + b)``: the bias belongs to the activation's kernel, or to the matrix product."""
-        if bias and "activation" in self.kernels:
+    def clamp(self, x: Ref, width: int) -> Ref:
+        """Values brought into a range: keeps its input, of which it makes a copy where it works in place."""
+        n_bytes = self.rows * width * self.width
+        return self.record(
+            Node(
+                (x,),
+                (self.activation(width),),
+                forward=(self.elementwise("clamp", 2 * n_bytes, 2 * self.rows * width),),
+                backward=(self.elementwise("clamp_backward", 3 * n_bytes, 2 * self.rows * width, True),),
+                saves=(x,),
+            )
+        )
+
+    def linear_activate(
+        self,
+        x: Ref,
+        n_in: int,
+        n_out: int,
+        name: str,
+        *,
+        bias: bool,
+        adapt: Callable[[Ref], Ref] = lambda product: product,
+    ) -> Ref:
+        """``activation(x @ W.T + b)``: the bias belongs to the activation's kernel, or to the matrix product, of which ``adapt``
+        makes what the activation reads."""
+        if bias and "activation" in self.kernels and name != "relu2":
             (product,) = self.columns(x, n_in, (n_out,), bias=False)
-            return self.record(fused.activation_node(self, (product,), n_out, name, bias=True))
+            return self.record(fused.activation_node(self, (adapt(product),), n_out, name, bias=True))
         (product,) = self.columns(x, n_in, (n_out,), bias=bias)
-        return self.activate(product, n_out, name)
+        return self.activate(adapt(product), n_out, name)
 
     def gated_activate(self, gate: Ref, up: Ref, width: int, name: str) -> Ref:
         """``activation(gate) * up`` as one function: keeps gate and up only."""
@@ -269,6 +316,7 @@ class Graph(Tape):
                 backward_temp_bytes=0 if self.style.lean_kernels else n_bytes,
                 saves_after=True,
                 remakes="activation",
+                makes_all_grads=True,
             )
         )
 
@@ -320,7 +368,11 @@ class Graph(Tape):
         """Look-up of every place of the sequence, added to ``x``."""
         places = self.tensor(8 * seq_len, grad=False)
         positions = self.embedding(seq_len, width, table_rows)
-        self.nodes[-1].aux = (places,)
+        if self.frozen:  # which keeps nothing
+            self.nodes[-1].outputs = (positions, places)
+            self.tensors[places].last_use = len(self.nodes) - 1
+        else:
+            self.nodes[-1].aux = (places,)
         return self.add_positions(x, positions, width)
 
     def add_positions(self, x: Ref, positions: Ref, width: int) -> Ref:
@@ -356,6 +408,26 @@ class Graph(Tape):
         with self.call(h):
             logits = self.linear(h, width, vocab_size, bias=bias, category="logits_loss", pending=pending)
             return self.cross_entropy(logits, vocab_size)
+
+    def capped_cross_entropy(self, h: Ref, width: int, vocab_size: int, *, bias: bool, pending: bool) -> Ref:
+        """All logits at once, divided by a cap, through ``tanh``, which keeps its result, and times the cap."""
+        n = self.rows * vocab_size
+
+        def step(x: Ref, name: str, *, keeps: bool = False) -> Ref:
+            with self.call(x):
+                out = self.tensor(n * self.width, "logits_loss")
+                forward = (self.elementwise(name, 2 * n * self.width, n, kind="loss"),)
+                backward = (self.elementwise(f"{name}_backward", (2 + keeps) * n * self.width, n, True, kind="loss"),)
+                return self.record(Node((x,), (out,), forward, backward, saves=(out,) if keeps else ()))
+
+        def capped(logits: Ref) -> Ref:
+            return step(step(step(logits, "scale"), "tanh", keeps=True), "scale")
+
+        if self.style.loss == "in_place":
+            return in_place_loss(self, h, width, vocab_size, capped)
+        with self.call(h):
+            logits = self.linear(h, width, vocab_size, bias=bias, category="logits_loss", pending=pending)
+            return self.cross_entropy(capped(logits), vocab_size)
 
     def cross_entropy(self, logits: Ref, vocab_size: int) -> Ref:
         """In place of the logits, or ``F.cross_entropy(logits.float(), labels)``: an fp32 copy, log-softmax (kept),

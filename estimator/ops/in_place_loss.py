@@ -7,6 +7,7 @@ Logits exist once, in the activations' dtype: the loss's kernel writes their gra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from estimator.ops.operator import Op
@@ -20,8 +21,10 @@ _ROW_STATISTICS = 3
 """fp32 numbers of a row that tensor-parallel ranks exchange: maximum, sum and the label's logit."""
 
 
-def in_place_loss(g: Graph, h: Ref, width: int, vocab_size: int) -> Ref:
-    """Projection of ``h`` to this rank's part of the vocabulary, and mean cross-entropy."""
+def in_place_loss(
+    g: Graph, h: Ref, width: int, vocab_size: int, between: Callable[[Ref], Ref] = lambda logits: logits
+) -> Ref:
+    """Projection of ``h`` to this rank's part of the vocabulary, and mean cross-entropy of what ``between`` makes of it."""
     m, w, held = g.rows, g.width, g.share(vocab_size)
     full_bytes = m * width * w
     flops, n_bytes = 2.0 * m * width * held, (m * width + width * held + m * held) * w
@@ -46,6 +49,7 @@ def in_place_loss(g: Graph, h: Ref, width: int, vocab_size: int) -> Ref:
                 saves_after=True,
             )
         )
+        logits = between(logits)
         exchanged = g.statistics(_ROW_STATISTICS * 4 * m)
         return g.record(
             Node(

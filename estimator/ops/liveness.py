@@ -69,8 +69,8 @@ def _cached(node: Node) -> tuple[Ref, ...]:
     return (*node.outputs, *node.aux) if node.cached else node.cached_outputs
 
 
-def _uncached(node: Node) -> tuple[Op, ...]:
-    """What it does again to have the others."""
+def run_again(node: Node) -> tuple[Op, ...]:
+    """What selective recomputation does again of the node, to have what it does not keep."""
     if node.cached:
         return ()
     return node.uncached if node.cached_outputs else node.forward
@@ -83,7 +83,7 @@ def _replay_stop(graph: Tape, span: range) -> int:
     """
     if not graph.style.early_stop:
         return span.stop
-    last = max(i for i in span if graph.nodes[i].saves)
+    last = max(i for i in span if graph.nodes[i].saves or graph.nodes[i].saves_weight)
     return last + 1 if graph.nodes[last].saves_after else last
 
 
@@ -106,6 +106,9 @@ class Meter:
         self.peak_total = 0
         self.peak: dict[str, int] = {}
         self.category_peak: dict[str, int] = {}
+
+    def begin(self, index: int, forward: bool) -> None:
+        """Node ``index`` is the next to run, forward or backward; for a subclass that has to know."""
 
     def add(self, category: str, n_bytes: int, what: Hashable | None = None) -> None:
         self.live[category] += n_bytes
@@ -160,6 +163,7 @@ class _Forward:
     def play(self, start: int, stop: int) -> None:
         meter, tensors = self.meter, self.graph.tensors
         for index, node in enumerate(self.graph.nodes[start:stop], start):
+            meter.begin(index, True)
             if not (self.from_cache and node.cached):
                 for ref in (*node.outputs, *node.aux):
                     if not (self.from_cache and ref in node.cached_outputs):
@@ -228,13 +232,14 @@ def _replay(
     made = [(node, ref) for node in nodes for ref in (*node.outputs, *node.aux)]
     elsewhere = set(range(len(graph.tensors))) - {ref for _, ref in made}
     forward = _Forward(graph, saved | elsewhere, cached, meter)
+    forward.known -= {graph.output, *graph.further_outputs} - saved  # which nobody takes
     forward.second = second
     forward.play(span.start, span.stop)
     for node, ref in made:
         outlives = graph.tensors[ref].last_use >= span.stop or ref == graph.output
         if ref not in saved and outlives and not (cached and ref in _cached(node)):
             meter.add(forward.category(ref), -graph.tensors[ref].n_bytes, ref)
-    ops = [op for node in nodes for op in (_uncached(node) if cached else node.forward)]
+    ops = [op for node in nodes for op in (run_again(node) if cached else node.forward)]
     return tuple(ops[: len(ops) - nodes[-1].after] if nodes else ())
 
 
@@ -254,7 +259,7 @@ class _Again:
         if span is None:
             for ref in node.saves:
                 self._remake(ref)
-        elif span not in self._replayed and (node.saves or node.aux):
+        elif span not in self._replayed and node.packs:
             self._replayed.add(span)
             for ref in self.regions.inputs[span]:
                 self._remake(ref)
@@ -316,6 +321,7 @@ def _play_backward(
                 meter.add(tensors[ref].category, -tensors[ref].n_bytes, name)
 
     for index in reversed(range(len(graph.nodes))):
+        meter.begin(index, False)
         node = graph.nodes[index]
         late = node.late if held is not None else None
         if late is not None:
@@ -323,7 +329,7 @@ def _play_backward(
             node = replace(node, param_grad_bytes=made, backward_temp_bytes=late.inputs_temp_bytes)
         if again is not None:
             again.bring_back(index)
-        if replay is not None and (node.saves or node.aux):
+        if replay is not None and node.packs:
             replay()
             replay = None
         incoming = [grad_of.pop(ref) for ref in node.outputs if ref in grad_of]

@@ -35,7 +35,8 @@ class Regions:
             self.span_of |= dict.fromkeys(span, span)
             nodes = [graph.nodes[i] for i in span]
             made = {ref for node in nodes for ref in node.outputs}
-            self.inputs[span] = tuple(dict.fromkeys(r for node in nodes for r in node.inputs if r not in made))
+            read = dict.fromkeys(r for node in nodes for r in node.inputs if r not in made)
+            self.inputs[span] = tuple(read) if any(node.packs for node in nodes) else ()
         self.twice = {span: self._twice(span) for span in self.inputs}
         """What of a span is saved within and outside of it, and so is there twice when it has been made again."""
         self._first = {span: next((i for i in span if self._saves(i)), span.start) for span in self.inputs}

@@ -24,6 +24,10 @@ class Heads(NamedTuple):
     window: int
     repeats_kv: bool = False
     """The kernel has no grouped form."""
+    sinks: bool = False
+    """Each head has a learned score of a key that gives nothing."""
+    masks: bool = False
+    """The kernel (a CPU's) takes windows as masks."""
 
 
 class _Bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from estimator.job.optimizers import OPTIMIZERS, Optimizer
+from estimator.job.optimizers import FOREACH, OPTIMIZERS, Optimizer
 from estimator.ops.operator import Op
 from estimator.units import DTYPE_BYTES
 
@@ -31,6 +31,11 @@ def grad_norm(dtype: str, numel: int) -> Op:
 def fused_step(optimizer: Optimizer, numel: int) -> Op:
     """A fused fp32 step: gradient read, parameters and states read and written."""
     return Op("fused_step", "optimizer", False, "fp32", 12 * numel, round(numel * OPTIMIZERS[optimizer].step_bytes))
+
+
+def foreach_step(optimizer: Optimizer, numel: int) -> Op:
+    """The same in torch's passes over lists."""
+    return fused_step(optimizer, numel)._replace(n_bytes=numel * FOREACH[optimizer].step_bytes)
 
 
 def plain_step(optimizer: Optimizer, numel: int) -> Op:

@@ -34,6 +34,8 @@ class Style(NamedTuple):
     logit_metrics: int = 0
     loss: LossKernel = "plain"
     """``FrameworkProfile.loss``; Megatron-LM as of its papers, whose attention is ``eager``, has the kernel in fp32."""
+    own: bool = True
+    """This project's runtime's, which applies sinks and clamps gates in plain torch; others' are taken to be part of their kernels."""
 
 
 PLAIN = Style()
@@ -59,7 +61,7 @@ def style_of(strategy: Strategy, n_micro_batches: int = 1) -> Style:
     return Style(
         attention=strategy.attention,
         drops_out=profile.drops_out and strategy.attention == "eager",
-        early_stop=profile.early_stop,
+        early_stop=profile.early_stop and not strategy.whole_recompute,
         fused_softmax=profile.fused_softmax,
         fused_norm=profile.fused_norm,
         fused_activation=profile.fused_activation,
@@ -68,12 +70,13 @@ def style_of(strategy: Strategy, n_micro_batches: int = 1) -> Style:
         weights_in_experts=profile.weights_in_experts,
         lean_kernels=profile.lean_kernels,
         joined_columns=profile.joins_projections,
-        fused_wgrad=profile.param_grads == "fused",
+        fused_wgrad=param_grads_of(strategy) == "fused",
         loss=_loss(strategy, profile),
         logit_metrics=profile.logit_metrics,
         fp8=profile.fp8 if strategy.matmul_dtype == "fp8" else None,
         weight_casts=1 / n_micro_batches,
         compiled=strategy.compile,
+        own=strategy.framework == "zerocast",
     )
 
 
@@ -81,3 +84,8 @@ def _loss(strategy: Strategy, profile: FrameworkProfile) -> LossKernel:
     if strategy.compile_loss and profile.loss == "plain":
         return "kernel"
     return "fp32_in_place" if profile.loss == "in_place" and strategy.attention == "eager" else profile.loss
+
+
+def param_grads_of(strategy: Strategy) -> str:
+    """``FrameworkProfile.param_grads`` of a job with ``strategy``."""
+    return FRAMEWORKS[strategy.framework].param_grads if strategy.grad_fusion else "added"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple
 
+from estimator.ops.frozen import freeze
 from estimator.ops.kernels.chip import H200, Chip
 from estimator.ops.operator import Op
 from estimator.ops.style import PLAIN, Style
@@ -92,6 +93,17 @@ class Node:
     """So many of ``forward``, the last ones, change the output in its place when all has been saved."""
     late: Late | None = None
     """How its weights' gradients are left for later, if they can be."""
+    trained: bool = False
+    """Its weights are an adapter's: they have gradients on a ``frozen`` tape."""
+    makes_all_grads: bool = False
+    """Its backward makes gradients of all inputs, also of those that need none."""
+    saves_weight: bool = False
+    """It saves a frozen weight alone, whose bytes are the group's: a checkpoint replays for that too."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether its backward reads anything that was saved."""
+        return bool(self.saves or self.aux or self.saves_weight)
 
 
 class Shared(NamedTuple):
@@ -133,6 +145,8 @@ class Tape:
     shared: list[Shared] = field(default_factory=list)
     n_matmuls: int = 0
     current_part: str = ""
+    frozen: bool = False
+    """Weights have no gradients, but for those of nodes that are ``trained``."""
 
     @property
     def width(self) -> int:
@@ -171,6 +185,8 @@ class Tape:
     def record(self, node: Node) -> Ref:
         """Appends ``node``; its (first) output."""
         node.part = node.part or self.current_part
+        if self.frozen:
+            freeze(self, node)
         self.nodes.append(node)
         for ref in (*node.inputs, *node.aux, *node.outputs):
             self.tensors[ref].last_use = max(self.tensors[ref].last_use, len(self.nodes) - 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from estimator.job.job import Job
 from estimator.job.strategy import OPTIMIZER_STATES
-from estimator.sharding.units import count_params, model_units
+from estimator.sharding.units import count_params, model_units, trained_units
 from estimator.units import DTYPE_BYTES
 
 STORAGE_BYTES_PER_S_PER_NODE = 1e9
@@ -39,7 +39,7 @@ def checkpoint_bytes(job: Job) -> int:
     s = job.strategy
     units = model_units(job.model)
     n_params = count_params(units)
-    n_trained = count_params([unit._replace(params=tuple(p for p in unit.params if p.trained)) for unit in units])
+    n_trained = count_params(trained_units(units))
     per_trained = DTYPE_BYTES[s.masters] + OPTIMIZER_STATES[s.optimizer] * DTYPE_BYTES[s.states]
     return n_trained * per_trained + (n_params - n_trained) * DTYPE_BYTES[s.dtype]
 

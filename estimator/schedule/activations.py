@@ -37,7 +37,7 @@ class InputCopies:
 
     def before(self, unit: int, phase: str) -> list[Event]:
         """Before ``unit``'s pass: bring back what the one after it reads, and wait for its own input."""
-        if phase != "backward" or not self.units:
+        if not self.units or phase != "backward":
             return []
         events: list[Event] = []
         if unit - 1 in self.units:
@@ -49,6 +49,8 @@ class InputCopies:
 
     def after(self, unit: int, phase: str) -> list[Event]:
         """After ``unit``'s pass: drop what left meanwhile, and send its own input away."""
+        if not self.units:
+            return []
         events: list[Event] = []
         while self._leaving:
             gone = self._leaving.pop(0)

@@ -85,6 +85,8 @@ class GroupBuffers(NamedTuple):
     unit: UnitBuffers | None = None
     gathered: Buffer | None = None
     """What is gathered, where parameters are then copied out of it."""
+    own_shard: Buffer | None = None
+    """Beside ``full_params`` that stay: this rank's shard of them."""
     lasting_grads: bool = False
     """``full_grads`` lives from step to step; under stage 3 with shared buckets it is ``grad_shard`` that does."""
     bucketed: bool = False
@@ -104,7 +106,16 @@ class GroupBuffers(NamedTuple):
         )
         grads = (self.grad_shard if self.bucketed else self.full_grads) if self.lasting_grads else None
         grads = grads if grads is not None and grads.n_bytes else None
-        held = (kept, grads, self.secondary_params, self.host_grads, self.master, *self.optimizer_states, *on_device)
+        held = (
+            kept,
+            self.own_shard,
+            grads,
+            self.secondary_params,
+            self.host_grads,
+            self.master,
+            *self.optimizer_states,
+            *on_device,
+        )
         return [b for b in held if b is not None and b.place != "nvme"]
 
 
@@ -164,7 +175,7 @@ def group_buffers(
     step_place: Place = "host" if strategy.offload_optimizer else "device"
     state_place: Place = "nvme" if strategy.offload_nvme else step_place
     offload_param = is_offloaded(group, strategy)
-    zero_stage = stage_of(group, zero_stage)
+    in_step, zero_stage = zero_stage, stage_of(group, zero_stage)
     fetched = zero_stage == 3 or offload_param
 
     kept: Buffer | None = None
@@ -178,7 +189,7 @@ def group_buffers(
         kept = Buffer("kept_params", g, "params", full_bytes, "host")
 
     early, profile = zero_stage >= 2, FRAMEWORKS[strategy.framework]
-    separate_master = own_masters or (strategy.offload_optimizer and not offload_param)
+    separate_master = own_masters or (strategy.offload_optimizer and not offload_param) or profile.own_masters
     bucketed = profile.bucket_numel > 0 and early and not strategy.quantized_grads
     n_wide = 0 if (fused_step or profile.bucket_numel) and step_place == "device" else n_widened(strategy)
     on_host = host_numel(group, strategy)
@@ -200,8 +211,9 @@ def group_buffers(
         else None,
         secondary_params=_secondary(group, strategy) if fetched and zero_stage == 3 else None,
         device_part=_device_part(group, strategy, fused_step) if 0 < on_host < group.shard_numel else None,
-        lasting_grads=profile.lasting_grads or (bucketed and zero_stage == 3 and not strategy.offload_optimizer),
+        lasting_grads=profile.lasting_grads or (bucketed and in_step == 3 and not strategy.offload_optimizer),
         bucketed=bucketed,
+        own_shard=Buffer("own_shard", g, "params", shard_bytes) if bucketed and zero_stage < in_step == 3 else None,
         gathered=Buffer("gathered", g, "gathered_params", full_bytes)
         if profile.bucket_numel and zero_stage == 3 and not strategy.quantized_weights
         else None,

@@ -20,9 +20,11 @@ Stream = Literal[
     "compute", "gather", "reduce", "h2d", "d2h", "send", "recv", "nvme_read", "nvme_write", "worker", "host"
 ]
 Place = Literal["device", "host", "nvme"]
-Pass = Literal["forward", "loss", "backward", "input_grad", "weight_grad"]
+Pass = Literal["forward", "loss", "recompute", "backward", "input_grad", "weight_grad"]
+"""``recompute``: where a unit's layers are units of their own, what of each runs again before their backward passes."""
 PHASE_OF_PASS: dict[str, str] = {
-    "forward": "forward", "loss": "loss", "backward": "backward", "input_grad": "backward", "weight_grad": "backward",
+    "forward": "forward", "loss": "loss", "recompute": "backward", "backward": "backward", "input_grad": "backward",
+    "weight_grad": "backward",
 }  # fmt: skip
 """As what a pass counts."""
 Purpose = Literal["params", "grads", "updated_params", "grad_norm", "states", "activations"]

@@ -9,6 +9,7 @@ from estimator.job.framework import FRAMEWORKS
 from estimator.job.mesh import Mesh, Span
 from estimator.job.strategy import Strategy
 from estimator.schedule.buffers import GroupBuffers
+from estimator.schedule.coordinator import Coordinator
 from estimator.schedule.events import Alloc, Collective, Copy, Event, Free, Keep, Pass, Restage, Wait
 from estimator.schedule.messages import Hop, quantized_gather, secondary_gather
 from estimator.sharding.layout import Layout
@@ -56,6 +57,10 @@ class Fetching:
 
     def turns(self, visits: Sequence[Visit], first: bool) -> Turns:
         """Of one run over ``visits``; ``first``: of its kind in the step."""
+        if not self.hops:
+            return _ALWAYS_THERE
+        if self.live_numel and self.gathers_alone and any(unit.whole for unit in self.layout.units):
+            return Coordinator(self, visits)
         return _ByElements(self, visits) if self.live_numel else _AheadOfUse(self, visits)
 
     def _fetch(self, b: GroupBuffers) -> list[Event]:
@@ -110,6 +115,16 @@ class Fetching:
         }
 
 
+class _AlwaysThere:
+    def before(self, position: int) -> list[Event]:
+        return []
+
+    after = before
+
+
+_ALWAYS_THERE = _AlwaysThere()
+
+
 class _AheadOfUse:
     def __init__(self, fetching: Fetching, visits: Sequence[Visit]) -> None:
         self.fetching, self.visits = fetching, visits
@@ -157,8 +172,8 @@ class _ByElements(_AheadOfUse):
     """DeepSpeed's way (``deepspeed/runtime/zero/partitioned_param_coordinator.py``): gathered while no more than so many elements are
     ahead of use, and kept where they are read again within so many.
 
-    It works layer by layer of a unit. So what is more than may be ahead has no room before its turn, but the gather of its first
-    layers has begun.
+    For whole units, where layers are not units (``estimator.sharding.grain``; else it is ``Coordinator``). What is more than may be ahead has
+    no room before its turn, but the gather of its first layers has begun.
     """
 
     def __init__(self, fetching: Fetching, visits: Sequence[Visit]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Literal, NamedTuple
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"]
@@ -34,7 +35,17 @@ class Action(NamedTuple):
 def orders(schedule: PipelineSchedule, pp: int, chunks: int, n_micro_batches: int) -> tuple[tuple[Action, ...], ...]:
     """What every rank does in one step, by rank. Only ``interleaved_1f1b`` has several ``chunks``; it takes a multiple of
     ``pp`` micro-batches."""
-    return tuple(_order(schedule, rank, pp, chunks, n_micro_batches) for rank in range(pp))
+    places = [_place(k, pp, chunks) for k in range(n_micro_batches * chunks)]
+    back: Direction = "input_grad" if schedule == "zero_bubble" else "backward"
+    forwards = [Action("forward", micro, chunk) for micro, chunk in places]
+    backwards = [Action(back, micro, chunks - 1 - chunk) for micro, chunk in places]
+    if schedule == "gpipe":
+        return (tuple(forwards + backwards),) * pp
+    warmups = [n_warmup(schedule, rank, pp, chunks, n_micro_batches) for rank in range(pp)]
+    if schedule != "zero_bubble":
+        return tuple(_back_and_forth(forwards, backwards, warmup) for warmup in warmups)
+    weights = [Action("weight_grad", micro, chunk) for micro, chunk in places]
+    return tuple(_zero_bubble(forwards, backwards, weights, *at) for at in enumerate(warmups))
 
 
 def n_warmup(schedule: PipelineSchedule, rank: int, pp: int, chunks: int, n_micro_batches: int) -> int:
@@ -44,24 +55,23 @@ def n_warmup(schedule: PipelineSchedule, rank: int, pp: int, chunks: int, n_micr
     return min(wanted, n_micro_batches * chunks)
 
 
-def _order(schedule: PipelineSchedule, rank: int, pp: int, chunks: int, n: int) -> tuple[Action, ...]:
-    if schedule == "gpipe":
-        return tuple(Action(way, micro) for way in ("forward", "backward") for micro in range(n))  # type: ignore[arg-type]
-    total, warmup = n * chunks, n_warmup(schedule, rank, pp, chunks, n)
-    splits = schedule == "zero_bubble"
-    back: Direction = "input_grad" if splits else "backward"
-    order = [Action("forward", *_place(k, pp, chunks)) for k in range(warmup)]
-    for k in range(total):
-        if warmup + k < total:
-            order.append(Action("forward", *_place(warmup + k, pp, chunks)))
-        micro, chunk = _place(k, pp, chunks)
-        order.append(Action(back, micro, chunks - 1 - chunk))
-        if (
-            splits and k >= rank
-        ):  # the first ranks wait longest for input gradients, the last ones have weights left over
-            order.append(Action("weight_grad", k - rank))
-    order += [Action("weight_grad", k) for k in range(max(0, total - rank), total)] if splits else []
-    return tuple(order)
+def _back_and_forth(forwards: Sequence[Action], backwards: Sequence[Action], warmup: int) -> tuple[Action, ...]:
+    """After ``warmup`` forward passes each is followed by the next backward pass; those that are left come last."""
+    turns = zip(forwards[warmup:], backwards, strict=False)
+    return (*forwards[:warmup], *chain.from_iterable(turns), *backwards[len(backwards) - warmup :])
+
+
+def _zero_bubble(
+    forwards: Sequence[Action], inputs: Sequence[Action], weights: Sequence[Action], rank: int, warmup: int
+) -> tuple[Action, ...]:
+    """The same, and each backward pass is followed by the weights' of ``rank`` micro-batches before: the first ranks wait longest for
+    input gradients, the last ones have weights left over."""
+    order = list(forwards[:warmup])
+    for k, back in enumerate(inputs):
+        order += forwards[warmup + k : warmup + k + 1]
+        order.append(back)
+        order += weights[k - rank : k - rank + 1] if k >= rank else ()
+    return (*order, *weights[max(0, len(weights) - rank) :])
 
 
 def _place(k: int, pp: int, chunks: int) -> tuple[int, int]:

@@ -29,11 +29,11 @@ from estimator.schedule.nvme import N_SLOTS
 from estimator.schedule.ranks import GroupRanks
 from estimator.schedule.reduction import compressed, errors, exact, sum_again, touched_rows
 from estimator.schedule.servers import Serving, push, serving, under_way
-from estimator.schedule.shared_buckets import buckets, leaves_buckets_reduced, sent_bucket
+from estimator.schedule.shared_buckets import Filling, buckets, grad_parts, keeps_own_grads, leaves_buckets_reduced
 from estimator.schedule.stages import PipelinePlace, StageWriter
-from estimator.schedule.unit_buffers import Units, add_up, put_together, reduce_unit, unit_buffers
+from estimator.schedule.unit_buffers import Units, add_up, put_together, reduce_unit, unit_buffers, with_lists
 from estimator.schedule.update import OptimizerStep
-from estimator.sharding.layout import Layout
+from estimator.sharding.layout import Layout, apart
 
 
 def build_program(
@@ -105,6 +105,7 @@ class _Builder(OptimizerStep):
             else group_buffers(g, strategy, zero_stage, fused_step=fused_step, serving=role)
             for g in layout.groups
         ]
+        self.buffers = with_lists(self.buffers, layout.groups, strategy)
         self.trained = [group for group in layout.groups if group.kind.trained]
         self.opening: list[list[int]] = [[] for _ in layout.units]
         """By unit: the groups whose gradients its backward pass begins."""
@@ -119,6 +120,7 @@ class _Builder(OptimizerStep):
             else Fetching(layout, strategy, self.stages, self.shards, mesh, self.buffers)
         )
         self.visits = self._visits()
+        self._known_hops: dict[tuple[int, bool], tuple[Hop, ...]] = {}
         self.events: list[Event] = []
         self.leaving: list[int] = []
         self.returning: list[int] = []
@@ -127,6 +129,9 @@ class _Builder(OptimizerStep):
         """Host and device each step a part: gradients stay on the device until it has stepped its own."""
         self.crossing: list[tuple[int, Hop]] = []
         self.buckets = buckets(strategy, zero_stage)
+        self.filling = Filling(layout, strategy)
+        self.grad_parts = grad_parts(layout, self.buffers) if keeps_own_grads(layout, strategy, zero_stage) else []
+        """By unit, where gradients stay as autograd makes them: its part of its groups' ``full_grads``."""
         self.compresses = strategy.grad_compression != "none" or strategy.quantized_grads > 0
         self.inputs = InputCopies(layout.units, strategy)
 
@@ -172,21 +177,30 @@ class _Builder(OptimizerStep):
         self.events = []
         return section
 
+    def _is_fetched(self, g: int) -> bool:
+        return self.buffers[g].is_fetched and not self.layout.groups[g].kind.idle
+
     def _visits(self) -> list[Visit]:
         """Every unit's turns. Backward ends at the first unit with a trained parameter. The loss is the last unit's, of a
         pipeline's last rank."""
         units, groups_of = self.layout.units, self.layout.groups_of_unit
         reads = [
-            tuple(dict.fromkeys(g for u in (*unit.borrows, i) for g in groups_of[u] if self.buffers[g].is_fetched))
+            tuple(dict.fromkeys(g for u in (*unit.borrows, i) for g in groups_of[u] if self._is_fetched(g)))
             for i, unit in enumerate(units)
         ]
         last, first_trained = len(units) - 1, min(group.units.start for group in self.trained)
+        gathers_all = self.by_unit and apart(units, self.strategy)  # a hook of each unit's output does
         loss = last if self.pipeline is None or self.pipeline.is_last else None
-        forward = [Visit(i, "loss" if i == loss else "forward", reads[i]) for i in range(last + 1)]
-        return forward + [
-            Visit(i, "backward", reads[i] if units[i].backward_reads else ())
-            for i in range(last, first_trained - 1, -1)
-        ]
+        of_loss = {
+            i for i in range(last + 1) if loss is not None and (i == loss or units[i].whole == units[loss].whole != "")
+        }
+        visits = [Visit(i, "loss" if i in of_loss else "forward", reads[i]) for i in range(last + 1)]
+        for i in range(last, first_trained - 1, -1):
+            if units[i].replays and (i == last or units[i + 1].whole != units[i].whole):
+                again = [j for j in range(i + 1) if units[j].whole == units[i].whole]
+                visits += [Visit(j, "recompute", reads[j]) for j in again]
+            visits.append(Visit(i, "backward", reads[i] if units[i].backward_reads or gathers_all else ()))
+        return visits
 
     # ---- a micro-batch ------------------------------------------------------------------------------------------
 
@@ -207,15 +221,21 @@ class _Builder(OptimizerStep):
         closed_units: list[int] = []
         closed = self.buckets if self.stage == 2 or (self.stage == 1 and last) else []
         opened: list[Buffer] = []
+        leaves = (
+            self.strategy.offload_optimizer or self.ranks.n_replicas > 1 or self.compresses or self.role is not None
+        )
+        leaves_early = (self.stage >= 2 and not self.by_unit) or (last and leaves)
         for position, visit in enumerate(visits):
             self.events += turns.before(position)
             if visit.phase in ("backward", "input_grad"):
-                if closed:
+                if closed and not self.filling.by_layer:
                     self.events += map(Alloc, closed)
                     opened, closed = closed, []
                 opening = [self.buffers[g] for g in self.opening[visit.unit] if first or self.stages[g] >= 2]
                 self.events += [
-                    Alloc(b.full_grads) for b in opening if b.unit is None and not (b.lasting_grads or b.bucketed)
+                    Alloc(b.full_grads)
+                    for b in opening
+                    if b.unit is None and not (b.lasting_grads or b.bucketed or self.grad_parts)
                 ]
             self.events += self.inputs.before(visit.unit, visit.phase)
             emit(Compute(visit.unit, visit.phase))
@@ -229,9 +249,26 @@ class _Builder(OptimizerStep):
                 closing = []
             for g in closing:
                 self.events += put_together(self.buffers[g])
+                if self.filling.takes(self.buffers[g]):
+                    self._reduce_bucket(self.filling.before(g), first, last, g)
+                    self.filling.held.append(g)
+            if (
+                closed
+                and visit.phase == "backward"
+                and self.filling.by_layer
+                and self.layout.units[visit.unit].is_trained
+            ):
+                self.events += self.filling.made(visit.unit, closed)
+                opened, closed = closed, []
+            if opened and visit.phase == "backward":
+                self.events += self.filling.copies(visit.unit, self.stage)
+            if self.grad_parts and first and visit.phase == "backward":
+                self.events += map(Alloc, self.grad_parts[visit.unit])
             self.events += turns.after(position)
             for g in closing:
                 if not last and self.stages[g] < 2:
+                    continue
+                if self.filling.takes(self.buffers[g]):
                     continue
                 while reducing and self.by_unit and not self.overlaps_units:
                     self._finish_reduce(reducing.pop(0), first, last)
@@ -240,11 +277,10 @@ class _Builder(OptimizerStep):
                     self._finish_reduce(g, first, last)
                     continue
                 reducing.append(g)
-                two_hops = self.ranks.n_replicas > 1 or self.compresses
-                leaves = self.strategy.offload_optimizer or two_hops or self.role is not None
-                leaves_early = (self.stage >= 2 and not self.by_unit) or (last and leaves)
                 if leaves_early and len(reducing) > 1:
                     self._finish_reduce(reducing.pop(0), first, last)
+        self._reduce_bucket(self.filling.held, first, last)
+        self._finish_bucket(first, last)
         for g in closed_units:
             while reducing:
                 self._finish_reduce(reducing.pop(0), True, last)
@@ -255,9 +291,32 @@ class _Builder(OptimizerStep):
             reducing.append(g)
         for g in reducing:
             self._finish_reduce(g, first, last)
+        if opened:
+            self.events += self.filling.rest(self.stage)
         self.events += map(Free, opened)
         self._finish_crossing(0, first, last)
         self._finish_offload(keep=0)
+
+    def _reduce_bucket(self, held: list[int], first: bool, last: bool, entering: int | None = None) -> None:
+        """Reduce what a bucket that all groups share holds, ``held``, and empty it; the gradients of group ``entering`` wait for
+        it to be empty."""
+        if not held:
+            return
+        self._finish_bucket(first, last)
+        sent = self.filling.sent(held, entering)
+        hops = [self._hops(g, first) for g in held]
+        self.events += [Alloc(sent), *(event for hop in hops for event in (hop[0].issue if hop else ()))]
+        self.events.append(Free(sent))
+        self.filling.under_way += held
+        held.clear()
+        if self.strategy.overlap_comm is False:
+            self._finish_bucket(first, last)
+
+    def _finish_bucket(self, first: bool, last: bool) -> None:
+        """What the bucket held before has been reduced."""
+        for g in self.filling.under_way:
+            self._finish_reduce(g, first, last)
+        self.filling.under_way.clear()
 
     def _reduce(self, g: int, first: bool) -> None:
         """Start summing a group's gradients over the ranks, now that backward has written all of them."""
@@ -265,9 +324,7 @@ class _Builder(OptimizerStep):
         if b.unit is not None:
             self.events += reduce_unit(b, hops, first)
             return
-        if b.bucketed and b.lasting_grads:
-            self.events.append(Alloc(sent_bucket(self.layout.groups[g], self.strategy)))
-        elif b.grad_shard is not None and b.reduced is not None and not self.compresses:
+        if b.grad_shard is not None and b.reduced is not None and not self.compresses:
             self.events.append(Alloc(b.grad_shard if first else b.reduced))
         if hops:
             self.events += hops[0].issue
@@ -316,6 +373,12 @@ class _Builder(OptimizerStep):
 
     def _hops(self, g: int, first: bool) -> tuple[Hop, ...]:
         """How a group's gradients are summed over the ranks that share a copy; nothing where one rank does."""
+        known = self._known_hops.get((g, first))
+        if known is None:
+            known = self._known_hops[g, first] = self._hops_of(g, first)
+        return known
+
+    def _hops_of(self, g: int, first: bool) -> tuple[Hop, ...]:
         b, group = self.buffers[g], self.layout.groups[g]
         if self.role is not None:
             return (push(b.full_grads, b.received, b.server_sum, self.strategy.staleness, self.mesh.n_data),)
@@ -339,7 +402,6 @@ class _Builder(OptimizerStep):
         if not first:
             emit(Accumulate(g, b.grad_shard.n_bytes))
         if b.bucketed and b.lasting_grads:
-            emit(Free(sent_bucket(self.layout.groups[g], self.strategy)))
             return
         if not first:
             emit(Free(b.reduced))

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from estimator.job.framework import FRAMEWORKS
 from estimator.job.strategy import Strategy
-from estimator.schedule.events import Buffer
-from estimator.sharding.layout import Group
+from estimator.schedule.buffers import GroupBuffers
+from estimator.schedule.events import Alloc, Buffer, Event, Free
+from estimator.sharding.layout import Group, Layout, align
 from estimator.units import DTYPE_BYTES
 
 
@@ -37,10 +38,104 @@ def buckets(strategy: Strategy, zero_stage: int) -> list[Buffer]:
     return [Buffer(f"bucket_{i}", -1, "reduce_buckets", _bucket_bytes(strategy)) for i in range(n)]
 
 
-def sent_bucket(group: Group, strategy: Strategy) -> Buffer:
-    """Stage 3: what a bucket's contents are put into to be reduced."""
-    n_bytes = min(_bucket_bytes(strategy), group.padded_numel * DTYPE_BYTES[strategy.grads])
-    return Buffer("sent_bucket", group.number, "reduce_buckets", n_bytes)
+class Filling:
+    """Stage 3: the bucket that lives from step to step, and what has been copied into it since it was last reduced."""
+
+    def __init__(self, layout: Layout, strategy: Strategy) -> None:
+        self.layout, self.strategy = layout, strategy
+        self.held: list[int] = []
+        """Groups, in the order in which their gradients came."""
+        self.under_way: list[int] = []
+        """Those that the bucket held before, which is being reduced while it is filled again (``overlap_comm``, the default of stage 3)."""
+        self.by_layer = any(unit.whole for unit in layout.units)
+        """Layers are units."""
+        self._numel = 0
+        """Elements in a bucket that lives as long as a backward pass (stages 1 and 2)."""
+
+    def takes(self, b: GroupBuffers) -> bool:
+        """Whether the gradients of a group with these buffers go into it."""
+        return b.bucketed and b.lasting_grads
+
+    def before(self, g: int) -> list[int]:
+        """What must be reduced before the gradients of group ``g`` have room."""
+        groups = self.layout.groups
+        numel = sum(groups[other].numel for other in (*self.held, g))
+        return self.held if numel > self.strategy.bucket_numel else []
+
+    def sent(self, held: Sequence[int], entering: int | None) -> Buffer:
+        """What the gradients of ``held`` are put into to be reduced, in the ranks' order (one whose parts are equal stays where it is), and
+        beside it those of group ``entering`` as autograd has made them."""
+        groups, width = self.layout.groups, DTYPE_BYTES[self.strategy.dtype]
+        stays = len(held) == 1 and groups[held[0]].numel == groups[held[0]].padded_numel and self._is_one(held[0])
+        numel = 0 if stays else sum(groups[g].padded_numel for g in held)
+        return Buffer(
+            "sent_bucket",
+            held[0],
+            "reduce_buckets",
+            (numel + (groups[entering].numel if entering is not None else 0)) * width,
+        )
+
+    def made(self, unit: int, closed: Sequence[Buffer]) -> list[Event]:
+        """Stages 1 and 2: the first gradients of a backward pass, those of ``unit``, are there, and buckets are made for them."""
+        numel = sum(param.numel for param in self.layout.units[unit].params if param.trained)
+        fresh = Buffer("fresh_grads", -1, "temporaries", numel * DTYPE_BYTES[self.strategy.dtype])
+        return [Alloc(fresh), *map(Alloc, closed), Free(fresh)]
+
+    def copies(self, unit: int, stage: int) -> list[Event]:
+        """Stage 2 (and stage 1 where it does as that): the gradients of ``unit`` come. Where there is no room for them, what the bucket holds
+        is reduced first, as a flat copy (``allreduce_bucket``). Stage 1 copies into it what then goes: that makes no peak."""
+        if stage == 1:
+            return []
+        numel = sum(param.numel for param in self.layout.units[unit].params if param.trained)
+        if self._numel + numel <= self.strategy.bucket_numel:
+            self._numel += numel
+            return []
+        events = self._copy(self._numel + numel)
+        self._numel = min(numel, self.strategy.bucket_numel)
+        return events
+
+    def rest(self, stage: int) -> list[Event]:
+        """The backward pass is over."""
+        if stage == 1:
+            return []
+        numel, self._numel = self._numel, 0
+        return self._copy(numel)
+
+    def _copy(self, numel: int) -> list[Event]:
+        flat = Buffer("flat_bucket", -1, "reduce_buckets", numel * DTYPE_BYTES[self.strategy.dtype])
+        return [Alloc(flat), Free(flat)]
+
+    def _is_one(self, g: int) -> bool:
+        return sum(1 for _ in self.layout.slots(self.layout.groups[g])) == 1
+
+
+def keeps_own_grads(layout: Layout, strategy: Strategy, zero_stage: int) -> bool:
+    """Whether gradients stay as autograd makes them until the step, layer by layer: stage 1."""
+    plain = not strategy.offload_optimizer and strategy.grad_compression == "none"
+    return zero_stage == 1 and plain and any(unit.whole for unit in layout.units)
+
+
+def grad_parts(layout: Layout, all_buffers: Sequence[GroupBuffers]) -> list[list[Buffer]]:
+    """By unit, its part of the ``full_grads`` of its groups; padding comes with a group's first unit, which is the last in backward."""
+    parts: list[list[Buffer]] = [[] for _ in layout.units]
+    for group in layout.groups:
+        full = all_buffers[group.number].full_grads
+        if not full.n_bytes:
+            continue
+        numel = dict.fromkeys(group.units, 0)
+        for slot in layout.slots(group):
+            numel[slot.unit] += align(slot.param.numel)
+        width = full.n_bytes // group.padded_numel
+        numel[group.units[0]] += group.padded_numel - sum(numel.values())
+        for unit, n in numel.items():
+            if n:
+                parts[unit].append(full._replace(role=f"grads_of_{unit}", n_bytes=n * width))
+    return parts
+
+
+def own_part(full_grads: Buffer, group: Group) -> Buffer:
+    """What is left of a group's gradients when those that other ranks step are gone."""
+    return full_grads._replace(role="own_grads", n_bytes=full_grads.n_bytes // group.n_shards)
 
 
 def step_copies(groups: Sequence[Group], strategy: Strategy) -> tuple[list[Buffer], list[Buffer]]:
@@ -57,4 +152,4 @@ def step_copies(groups: Sequence[Group], strategy: Strategy) -> tuple[list[Buffe
 
 
 def _bucket_bytes(strategy: Strategy) -> int:
-    return strategy.bucket_numel * DTYPE_BYTES[strategy.grads]
+    return strategy.bucket_numel * DTYPE_BYTES[strategy.dtype]  # also where sums are kept in fp32

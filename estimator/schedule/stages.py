@@ -95,18 +95,23 @@ class StageWriter:
 
     def _begin(self, order: Sequence[Action]) -> None:
         self.order = order
-        ends: dict[tuple[str, int], list[int]] = {}
-        for i, action in enumerate(order):
-            ends.setdefault((action.direction, action.chunk), [i, i])[1] = i
-        self.firsts, self.lasts = ({span[end] for span in ends.values()} for end in (0, 1))
-        kinds = {kind: order[first] for kind, (first, _) in ends.items()}
-        self.sending = {kind: self.place.sends(action) for kind, action in kinds.items()}
-        self.receiving = {kind: self.place.receives(action) for kind, action in kinds.items()}
+        kinds = [(action.direction, action.chunk) for action in order]
+        lasts = {kind: i for i, kind in enumerate(kinds)}
+        firsts = {kind: kinds.index(kind) for kind in lasts}
+        self.firsts, self.lasts = set(firsts.values()), set(lasts.values())
+        self.sending = {kind: self.place.sends(order[first]) for kind, first in firsts.items()}
+        self.receiving = {kind: self.place.receives(order[first]) for kind, first in firsts.items()}
         sent: dict[Boundary, int] = {}
-        for kind, (first, _) in ends.items():
+        for kind, first in firsts.items():
             if (what := self.sending[kind]) is not None:
                 sent[what] = min(first, sent.get(what, first))
         self.first_sends = set(sent.values())
+        self.following = [*(self.receiving[kind] for kind in kinds[1:]), None]
+        """What the pass after each receives."""
+        self.keys: list[tuple[object, ...]] = list(zip(kinds, self.following, strict=True))
+        """By pass: what tells it from other ones."""
+        for i in {0, *self.firsts, *self.lasts, *self.first_sends}:
+            self.keys[i] += (i == 0, i in self.firsts, i in self.lasts, i in self.first_sends)
 
     def _section(self, which: range, repeat: int = 1, *, is_end: bool = False) -> Section:
         passes = [self._pass(i) for i in which]
@@ -115,26 +120,13 @@ class StageWriter:
         return Section("micro_batch", tuple(chain.from_iterable(passes)), repeat, tuple(passes))
 
     def _pass(self, i: int) -> tuple[Event, ...]:
-        action = self.order[i]
-        following = None
-        if i + 1 < len(self.order):
-            after = self.order[i + 1]
-            following = self.receiving[after.direction, after.chunk]
-        key = (
-            action.direction,
-            action.chunk,
-            i in self.firsts,
-            i in self.lasts,
-            i in self.first_sends,
-            following,
-            i == 0,
-        )
+        key = self.keys[i]
         if key not in self.known:
-            self.known[key] = tuple(self._write(i, action, following))
+            self.known[key] = tuple(self._write(i))
         return self.known[key]
 
-    def _write(self, i: int, action: Action, following: Boundary | None) -> list[Event]:
-        builder = self.builder
+    def _write(self, i: int) -> list[Event]:
+        builder, action, following = self.builder, self.order[i], self.following[i]
         needed = self.receiving[action.direction, action.chunk]
         if needed is not None:
             if i == 0:

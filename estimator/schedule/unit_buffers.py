@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from estimator.job.framework import FRAMEWORKS
 from estimator.job.mesh import Span
+from estimator.job.optimizers import FOREACH
 from estimator.job.strategy import Strategy
 from estimator.schedule.buffers import GroupBuffers, UnitBuffers, states_of, step_temp
 from estimator.schedule.events import Accumulate, Alloc, Buffer, Collective, Event, Free, Restage, Wait
@@ -67,6 +68,19 @@ def unit_buffers(group: Group, strategy: Strategy) -> GroupBuffers:
     )
 
 
+def with_lists(buffers: list[GroupBuffers], groups: Sequence[Group], strategy: Strategy) -> list[GroupBuffers]:
+    """``buffers`` with what torch's ``foreach`` steps make: lists of all of a rank's shards, of which the first trained group's step
+    stands for all."""
+    if strategy.optimizer_impl != "foreach" or not FOREACH[strategy.optimizer].n_lists:
+        return buffers
+    trained = [group for group in groups if group.kind.trained]
+    numel = sum(group.shard_numel for group in trained)
+    n_bytes = FOREACH[strategy.optimizer].n_lists * numel * DTYPE_BYTES[strategy.states]
+    first = trained[0].number
+    temp = Buffer("step_temp", first, "temporaries", n_bytes)
+    return [b._replace(update_temp=temp) if g.number == first else b for b, g in zip(buffers, groups, strict=True)]
+
+
 class Units:
     """When units' parameters come and go: gathered in turn, in the backward pass ahead of use, and kept where the stage or the root
     keeps them until all their gradients are there."""
@@ -85,7 +99,8 @@ class Units:
         self.depth = strategy.prefetch_depth
         self.is_pipeline = strategy.pp > 1
         stays = strategy.zero_stage < 3
-        self.stays = {group.number for group in groups if stays or group.kind.root}
+        head = groups[-1].units[-1] if strategy.root_apart else -1
+        self.stays = {group.number for group in groups if stays or group.kind.root or group.units[0] == head}
         self.closes = {group.number: group.units[0] for group in groups}
         self.nearby: set[int] = set()
 

@@ -8,10 +8,22 @@ from estimator.job.mesh import Span
 from estimator.job.strategy import Strategy
 from estimator.schedule import nvme
 from estimator.schedule.buffers import GroupBuffers, host_numel, is_offloaded
-from estimator.schedule.events import Alloc, Collective, CollectiveOp, Copy, Event, Free, GradNorm, Stream, Update, Wait
+from estimator.schedule.events import (
+    Alloc,
+    Buffer,
+    Collective,
+    CollectiveOp,
+    Copy,
+    Event,
+    Free,
+    GradNorm,
+    Stream,
+    Update,
+    Wait,
+)
 from estimator.schedule.ranks import GroupRanks
 from estimator.schedule.servers import Serving
-from estimator.schedule.shared_buckets import step_copies
+from estimator.schedule.shared_buckets import own_part, step_copies
 from estimator.sharding.layout import Group, Layout
 
 
@@ -27,6 +39,8 @@ class OptimizerStep:
     trained: Sequence[Group]
     role: Serving | None
     is_split: bool
+    grad_parts: Sequence[Sequence[Buffer]]
+    """Not empty: gradients stay as autograd makes them, by unit."""
     events: list[Event]
     returning: list[int]
     outgoing: list[int]
@@ -49,6 +63,7 @@ class OptimizerStep:
                 emit(Wait("host", ("d2h", group.number)))
         if not self.is_split:
             self._grad_norm(stream)
+        self.events += self._own_grads()
         made, wide = step_copies(self.trained, s)
         self.events += [*map(Alloc, (*made, *wide)), *map(Free, made)]
         for group in self.trained if not s.delayed_update else ():
@@ -71,6 +86,13 @@ class OptimizerStep:
         self.outgoing.clear()
         if s.offload_nvme:
             self.events += nvme.finish(self.trained, s)
+
+    def _own_grads(self) -> list[Event]:
+        """Where gradients stay as autograd makes them, those of other ranks' shards go before the step (``free_grad_in_param_list``)."""
+        if not self.grad_parts:
+            return []
+        left = [own_part(self.buffers[group.number].full_grads, group) for group in self.trained]
+        return [*(Free(part) for parts in self.grad_parts for part in parts), *map(Alloc, left)]
 
     # ---- what it is made of ---------------------------------------------------------------------------------------
 
@@ -121,7 +143,8 @@ class OptimizerStep:
         if b.update_temp is not None:
             emit(Free(b.update_temp))
         if not self.strategy.offload_optimizer and not b.lasting_grads:
-            emit(Free(b.server_sum or b.grad_shard or b.full_grads))
+            left = own_part(b.full_grads, self.layout.groups[g]) if self.grad_parts else b.full_grads
+            emit(Free(b.server_sum or b.grad_shard or left))
 
     def _publish(self, g: int) -> None:
         """Send freshly stepped parameters where the model reads them: host to device, and to all ranks (stages 1, 2)."""

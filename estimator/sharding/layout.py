@@ -54,6 +54,8 @@ class Kind(NamedTuple):
     """The one parameter in it, where that is exchanged row by row."""
     expert: bool = False
     """Expert-parallel ranks each hold experts of their own: of the data ranks, every ``ep``-th has the same."""
+    idle: bool = False
+    """Nothing computes with them: where parameters come and go they stay away."""
     root: bool = False
     """Of no block, where a framework gathers all of these together."""
 
@@ -64,7 +66,8 @@ def params_by_kind(params: tuple[Param, ...], small_numel: int) -> dict[Kind, tu
     by_kind: dict[Kind, tuple[Param, ...]] = {}
     for param in params:
         axes = {split.axis for split in splits_of(param.split)}
-        kind = Kind(param.trained, param.numel <= small_numel, "tp" in axes, param.shared, expert="ep" in axes)
+        resident = param.numel <= small_numel
+        kind = Kind(param.trained, resident, "tp" in axes, param.shared, expert="ep" in axes, idle=param.idle)
         if param.rows and param.trained:
             kind = kind._replace(table=param.name)
         by_kind[kind] = (*by_kind.get(kind, ()), param)
@@ -158,8 +161,9 @@ def make_layout(
     """
     n_shards = shard_count(strategy, zero_stage, dp)
     by_rows = FRAMEWORKS[strategy.framework].units == "rows"
-    has_root = FRAMEWORKS[strategy.framework].units != "groups"
-    per_unit = zero_stage == 3 or strategy.offload_param or has_root
+    by_unit = FRAMEWORKS[strategy.framework].units != "groups"
+    has_root = by_unit and not apart(units, strategy)
+    per_unit = zero_stage == 3 or strategy.offload_param or by_unit
     small_numel = strategy.resident_numel if per_unit else 0
     parts = [params_by_kind(unit.params, small_numel) for unit in units]
     if has_root:
@@ -200,6 +204,11 @@ def _with_shapes(group: Group, params: Sequence[tuple[Unit, tuple[Param, ...]]])
         vector_numel=sum(p.numel for unit, p in every if len(p.shape) < 2 or not _is_block(unit)),
         largest_numel=max(param.numel for _, param in every),
     )
+
+
+def apart(units: Sequence[Unit], strategy: Strategy) -> bool:
+    """Whether embedding and head are units that a framework gathers by themselves: not where they share a table."""
+    return strategy.root_apart and not any(unit.borrows for unit in units)
 
 
 def _is_block(unit: Unit) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -47,21 +48,27 @@ def untied(spec: ModelSpec) -> ModelSpec:
     return replace(spec, tied_embeddings=False) if spec.tied_embeddings else spec
 
 
-@lru_cache(maxsize=1024)
 def stage_units(spec: ModelSpec, strategy: Strategy, rank: int) -> StageUnits:
     """What pipeline rank ``rank`` holds of ``spec``. A tied table is a parameter of embedding and head, marked as shared."""
+    return units_of_stages(spec, strategy)[rank]
+
+
+@lru_cache(maxsize=64)
+def units_of_stages(spec: ModelSpec, strategy: Strategy) -> tuple[StageUnits, ...]:
+    """``stage_units`` of every pipeline rank."""
     blocks = split_blocks(spec.n_layers, strategy.pp * strategy.virtual_pp, strategy.pp_layers)
-    spans = units_of_rank(rank, strategy.pp, blocks)
-    of_model = model_units(untied(spec))
+    units = model_units(untied(spec))
+    if spec.tied_embeddings:
+        units = tuple(_marked(unit) for unit in units)
+    return tuple(_held(units, units_of_rank(rank, strategy.pp, blocks)) for rank in range(strategy.pp))
+
+
+def _held(units: Sequence[Unit], spans: Sequence[range]) -> StageUnits:
+    """Of the model's ``units`` those in ``spans``, a chunk each."""
+    ends = itertools.accumulate(len(span) for span in spans)
     numbers = tuple(number for span in spans for number in span)
-    chunks, start = [], 0
-    for span in spans:
-        chunks.append(range(start, start + len(span)))
-        start += len(span)
-    units = [of_model[number] for number in numbers]
-    return StageUnits(
-        tuple(_marked(unit) for unit in units) if spec.tied_embeddings else tuple(units), numbers, tuple(chunks)
-    )
+    chunks = tuple(range(end - len(span), end) for span, end in zip(spans, ends, strict=True))
+    return StageUnits(tuple(units[number] for number in numbers), numbers, chunks)
 
 
 _TABLES = {"embed": "tokens.weight", "head": "out.weight"}

@@ -14,7 +14,7 @@ from estimator.sharding.units import Param, Split, Unit, splits_of
 
 SPLIT_DIM = {
     "tokens.weight": 0, "attn.q.weight": 0, "attn.q.bias": 0, "attn.k.weight": 0, "attn.k.bias": 0, "attn.v.weight": 0,
-    "attn.v.bias": 0, "attn.q_b.weight": 0, "attn.kv_b.weight": 0, "attn.out.weight": 1, "mlp.gate.weight": 0, "mlp.gate.bias": 0,
+    "attn.v.bias": 0, "attn.q_b.weight": 0, "attn.kv_b.weight": 0, "attn.sinks": 0, "attn.out.weight": 1, "mlp.gate.weight": 0, "mlp.gate.bias": 0,
     "mlp.up.weight": 0, "mlp.up.bias": 0, "mlp.down.weight": 1, "mlp.experts.gate": 1, "mlp.experts.up": 1,
     "mlp.experts.down": 2, "mlp.shared.gate.weight": 0, "mlp.shared.gate.bias": 0, "mlp.shared.up.weight": 0,
     "mlp.shared.up.bias": 0, "mlp.shared.down.weight": 1, "out.weight": 0, "out.bias": 0,
@@ -47,7 +47,11 @@ def split_of(name: str, shape: Sequence[int], tp: int, ep: int = 1) -> Split | N
 
 def parts(units: tuple[Unit, ...], tp: int, ep: int = 1) -> tuple[Unit, ...]:
     """``units`` as one of ``tp`` tensor-parallel and ``ep`` expert-parallel ranks holds them; equal parameter lists stay one object."""
-    return tuple(unit._replace(params=_parts(unit.params, tp, ep)) for unit in units)
+    known = {id(unit.params): unit.params for unit in units}
+    split = {number: _parts(params, tp, ep) for number, params in known.items()}
+    return tuple(
+        Unit(unit.name, unit.kind, split[id(unit.params)], unit.borrows, unit.backward_reads) for unit in units
+    )
 
 
 @lru_cache(maxsize=1024)

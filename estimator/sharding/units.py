@@ -11,7 +11,9 @@ from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
+from estimator.job.lora import Lora
 from estimator.job.model import ModelSpec
+from estimator.job.tower import Tower
 from estimator.job.traced import Traced
 from estimator.sharding.blocks import expert_mlp, latent_attention
 
@@ -41,6 +43,8 @@ class Param(NamedTuple):
 
     rows: int = 0
     """A table of which a micro-batch looks up so many rows at most, whose gradients alone are exchanged. 0: all of it."""
+    idle: bool = False
+    """Held, but read by nothing that is computed."""
 
     @property
     def numel(self) -> int:
@@ -67,6 +71,10 @@ class Unit(NamedTuple):
     params: tuple[Param, ...]
     borrows: tuple[int, ...] = ()
     backward_reads: bool = True
+    whole: str = ""
+    """Of which unit this is a layer, where layers are units of their own."""
+    replays: bool = False
+    """All of that unit runs forward again before its backward pass."""
 
     @property
     def numel(self) -> int:
@@ -80,7 +88,7 @@ class Unit(NamedTuple):
 
 def norm_params(spec: ModelSpec, name: str, width: int) -> list[Param]:
     """Weight and, where the model's norms have it, bias."""
-    params = [Param(f"{name}.weight", (width,))]
+    params = [Param(f"{name}.weight", (width,))] if spec.norm_weight else []
     return [*params, Param(f"{name}.bias", (width,))] if spec.norm_bias else params
 
 
@@ -99,15 +107,24 @@ def _embedding(spec: ModelSpec) -> tuple[Param, ...]:
         params += linear_params("project_in", width, spec.d_model, bias=False)
     if spec.embedding_norm:
         params += norm_params(spec, "norm", spec.d_model)
-    return tuple(params)
+    return (*params, *(_tower(spec.tower) if spec.tower is not None else ()))
+
+
+def _tower(tower: Tower) -> Iterator[Param]:
+    """Behind the embedding's own: what reads images ends in what the decoder reads in place of tokens."""
+    parts = [(f"layers.{layer}.", tower.layer) for layer in range(tower.n_layers)]
+    for prefix, params in (("", tower.others), *parts):
+        for param in params:
+            yield Param(f"tower.{prefix}{param.name}", param.shape, tower.trained, idle=True)
 
 
 def _block(spec: ModelSpec, layer: int) -> tuple[Param, ...]:
     d = spec.d_model
-    params = [*norm_params(spec, "attn_norm", d), *_attention(spec)]
+    bare = spec.sandwich_norms and not spec.pre_norm  # norms stand behind attention and MLP alone
+    params = [*([] if bare else norm_params(spec, "attn_norm", d)), *_attention(spec)]
     if spec.sandwich_norms:
         params += norm_params(spec, "attn_post_norm", d)
-    params += norm_params(spec, "mlp_norm", d)
+    params += [] if bare or spec.shared_norm else norm_params(spec, "mlp_norm", d)
     experts = spec.experts_of(layer)
     params += mlp_params(spec) if experts is None else [Param(*shape) for shape in expert_mlp(spec, experts)]
     if spec.sandwich_norms:
@@ -120,14 +137,23 @@ def _attention(spec: ModelSpec) -> list[Param]:
     if spec.latent is not None:
         params = [Param(*shape) for shape in latent_attention(spec, spec.latent)]
         return params + linear_params("attn.out", spec.n_heads * spec.latent.value_head_dim, d, spec.attn_out_bias)
-    params = linear_params("attn.q", d, spec.d_attn, spec.qkv_bias)
+    params = [Param("attn.sinks", (spec.n_heads,))] if spec.attn_sinks else []
+    params += linear_params("attn.q", d, spec.d_attn, spec.qkv_bias)
     params += linear_params("attn.k", d, spec.d_kv, spec.qkv_bias)
     params += linear_params("attn.v", d, spec.d_kv, spec.qkv_bias)
     if spec.qk_norm:
-        params += [Param("attn.q_norm.weight", (spec.head_dim,)), Param("attn.k_norm.weight", (spec.head_dim,))]
-    if spec.attn_sinks:
-        params.append(Param("attn.sinks", (spec.n_heads,)))
+        params += _qk_norm(spec)
     return params + linear_params("attn.out", spec.d_attn, d, spec.attn_out_bias)
+
+
+def _qk_norm(spec: ModelSpec) -> list[Param]:
+    shapes = {
+        "head": ((spec.head_dim,), (spec.head_dim,)),
+        "each": ((spec.n_heads, spec.head_dim), (spec.n_kv_heads, spec.head_dim)),
+        "all": ((spec.d_attn,), (spec.d_kv,)),
+        "plain": (),
+    }[spec.qk_norms]
+    return [Param(f"attn.{x}_norm.weight", shape) for x, shape in zip("qk", shapes, strict=False)]
 
 
 def mlp_params(spec: ModelSpec) -> list[Param]:
@@ -153,7 +179,24 @@ def _head(spec: ModelSpec) -> tuple[Param, ...]:
 def block_kind(spec: ModelSpec, layer: int) -> str:
     """``Unit.kind`` of a block: ``block``, with its window and ``moe`` where it has experts."""
     window = spec.window_of(layer)
-    return "block" + (f"_w{window}" if window else "") + ("_moe" if spec.experts_of(layer) else "")
+    still = "_still" if spec.unrotated_every and not spec.rotates(layer) else ""
+    first = "_first" if spec.lora is not None and layer == 0 else ""  # gradients end inside of it
+    return "block" + (f"_w{window}" if window else "") + ("_moe" if spec.experts_of(layer) else "") + still + first
+
+
+def adapted(params: tuple[Param, ...], lora: Lora) -> tuple[Param, ...]:
+    """``params`` of a unit, frozen, and behind every targeted projection its adapter's A and B."""
+    held: list[Param] = []
+    waiting: tuple[Param, ...] = ()
+    for param in params:
+        if waiting and not param.name.endswith(".bias"):
+            held += waiting
+            waiting = ()
+        held.append(param._replace(trained=False))
+        if not param.idle and lora.adapts(param.name):
+            (n_out, n_in), name = param.shape, param.name.removesuffix(".weight")
+            waiting = Param(f"{name}.lora_a", (lora.rank, n_in)), Param(f"{name}.lora_b", (n_out, lora.rank))
+    return (*held, *waiting)
 
 
 def _traced_units(traced: Traced) -> tuple[Unit, ...]:
@@ -183,6 +226,9 @@ def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
             blocks[kind] = _block(spec, layer)
         units.append(Unit(f"blocks.{layer}", kind, blocks[kind]))
     units.append(Unit("head", "head", _head(spec), borrows=(0,) if spec.tied_embeddings else ()))
+    if spec.lora is not None:
+        of = {unit.params: adapted(unit.params, spec.lora) for unit in units}  # equal parameters stay one object
+        units = [unit._replace(params=of[unit.params]) for unit in units]
     return tuple(units)
 
 
@@ -195,6 +241,11 @@ def count_params(units: Sequence[Unit]) -> int:
             by_kind[unit.params] = unit.numel
         total += by_kind[unit.params]
     return total
+
+
+def trained_units(units: Sequence[Unit]) -> list[Unit]:
+    """``units`` with their trained parameters alone."""
+    return [unit._replace(params=tuple(p for p in unit.params if p.trained)) for unit in units]
 
 
 def recomputing(units: Sequence[Unit], every: int) -> frozenset[int]:

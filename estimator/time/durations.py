@@ -13,7 +13,7 @@ from estimator.job.strategy import OPTIMIZER_STATES
 from estimator.ops.cost import UnitCost
 from estimator.ops.kernels import grad_norm, optimizer
 from estimator.ops.operator import Op
-from estimator.ops.streaming import around_step, frozen_step, fused_step, plain_step
+from estimator.ops.streaming import around_step, foreach_step, frozen_step, fused_step, plain_step
 from estimator.schedule.buffers import steps_by_kernel
 from estimator.schedule.events import AddRows, CollectiveOp, Keep, Pack, PickRows, SumPieces, Unpack
 from estimator.sharding.units import model_units
@@ -48,6 +48,7 @@ class Durations:
         self.issue_s = 0.0 if self.is_cpu else self.ops.host_op_s
         self._passes: dict[tuple[int, str], tuple[PassTime, ...]] = {}
         self._copies: dict[tuple[str, int], float] = {}
+        self._collectives: dict[tuple[CollectiveOp, int, Span | None], float] = {}
         self._networks: dict[tuple[Span | bool | None, str], CollectiveTimer] = {}
 
     def passes(self, unit: int, phase: str) -> tuple[PassTime, ...]:
@@ -106,6 +107,12 @@ class Durations:
         return part, device_s, 0.0 if self.is_cpu else end_s, issue_s
 
     def collective(self, op: CollectiveOp, n_bytes: int, span: Span | None = None) -> float:
+        known = self._collectives.get((op, n_bytes, span))
+        if known is None:
+            known = self._collectives[op, n_bytes, span] = self._collective(op, n_bytes, span)
+        return known
+
+    def _collective(self, op: CollectiveOp, n_bytes: int, span: Span | None) -> float:
         dtype = self.job.strategy.dtype if op in ("all_gather", "pull") else self.job.strategy.grads
         network = self._networks.get((span, dtype))
         if network is None:
@@ -149,7 +156,8 @@ class Durations:
             points = [p for p in profile.copies if p.direction == direction and p.pinned] or list(profile.copies)
             workers = min({p.workers for p in points}, key=lambda w: (abs(w - self.workers), w))
             curve = seconds_curve((p.bytes, p.bytes / p.bytes_per_s) for p in points if p.workers == workers)
-            return max(curve_seconds(curve, n_bytes), shared_s)
+            share = self.stack.memory if self.is_cpu else 1.0  # where both ends are the same memory
+            return max(curve_seconds(curve, n_bytes) / share, shared_s)
         chip = profile.chip
         assert chip is not None, f"profile {profile.name} has neither copies nor chip constants"
         return chip.copy_s + max(n_bytes / (chip.copy_efficiency * cluster.gpu.host_link_bytes_per_s), shared_s)
@@ -185,6 +193,12 @@ class Durations:
     def accumulate(self, n_bytes: int) -> float:
         """Two reads and a write."""
         return self._stream(3 * n_bytes)
+
+    def clear(self, n_bytes: int) -> float:
+        """A new buffer of gradients is filled with zeros by this runtime. Constants of others, and of GPUs whose curves were not
+        measured through it, hold such passes already."""
+        ours = self.profile.is_measured and self.job.strategy.framework == "zerocast"
+        return self._stream(n_bytes) if ours else 0.0
 
     def blend(self, numel: int) -> float:
         """Gradients read and written, the first moment read."""
@@ -252,6 +266,7 @@ class Durations:
         if frozen:
             return frozen_step(1).n_bytes
         step = plain_step if s.framework == "zerocast" else fused_step  # others have kernels of their own
+        step = foreach_step if s.optimizer_impl == "foreach" else step
         return step(s.optimizer, 1000).n_bytes / 1000
 
     def _host_rate(self) -> float:
@@ -277,4 +292,6 @@ def chains_of(cost: UnitCost, phase: str) -> dict[str, tuple[Op, ...]]:
     if phase == "weight_grad":
         assert cost.split is not None
         return {"backward": cost.split.weights}
+    if phase == "recompute":
+        return {"recompute": cost.again}
     return {"recompute": cost.recompute, "backward": cost.backward if cost.split is None else cost.split.inputs}

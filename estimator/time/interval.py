@@ -19,11 +19,11 @@ UNKNOWN = log(2.0)
 def interval(step_s: float, parts: Mapping[str, float], job: Job, profile: HardwareProfile) -> tuple[float, float]:
     """Low and high end of ``step_s``.
 
-    With a profile that was calibrated through this runtime: every part moved by the spread of the measured points of its kind, all
-    in the same direction. Else the split-conformal interval (Vovk et al. 2005) of the runs that are as comparable as there are,
-    each forecast with constants that it took no part in.
+    The split-conformal interval (Vovk et al. 2005) of the runs that are as comparable as there are, each forecast with constants
+    that it took no part in: for a profile that was calibrated through this runtime its own steps. Where that has none, every part
+    is moved by the spread of the measured points of its kind, all in the same direction.
     """
-    if profile.is_measured and job.strategy.framework == "zerocast":
+    if profile.is_measured and job.strategy.framework == "zerocast" and not profile.stacks:
         off = sum(seconds * min(1.0, profile.spread.get(_kind_of(part, job), 0.0)) for part, seconds in parts.items())
         return max(step_s - off, 0.0), step_s + off
     width = conformal(stack_of(job, profile).errors)
@@ -53,12 +53,15 @@ def _kind_of(part: str, job: Job) -> str:
 
 
 def note_of(job: Job, profile: HardwareProfile) -> str | None:
-    """What the reader of a forecast made with shipped constants must know."""
+    """What the reader of a forecast must know of its constants and interval."""
     evidence = stack_of(job, profile)
     if not evidence.words:
         return None
+    here = profile.is_measured and job.strategy.framework == "zerocast"
     n = len(evidence.errors)
     if not n:
-        return f"time: {evidence.words}; no run says how far off it is, the interval is a guess"
+        why = "is of the spread of kernels alone" if here else "is a guess"
+        return f"time: {evidence.words}; no run says how far off it is, the interval {why}"
     few = "" if n >= 9 else f", of which there are too few for {NOMINAL:.0%}"
-    return f"time: {evidence.words}; the interval is of {n} published runs that took no part in them{few}"
+    of = "of those, each left out in turn" if here else f"of {n} published runs that took no part in them"
+    return f"time: {evidence.words}; the interval is {of}{few}"

@@ -10,6 +10,7 @@ ranks advance alike, the rest is skipped as ``estimator.time.player`` does for o
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple, TypeVar
@@ -23,7 +24,8 @@ from estimator.time.player import COLLECTIVE_PART, INDEX, Player, StepTime, diff
 from estimator.time.profile import HardwareProfile
 from estimator.time.stack import Stack
 
-PLAIN, COME, LEAVE = range(3)
+PLAIN, ALONE, COME, LEAVE = range(4)
+"""What a rank's items are: plain code; code that is nothing but joined passes; being ready for a message or collective; waiting for one."""
 _HOST = INDEX["host"]
 R = TypeVar("R", bound="PipelineRank")
 
@@ -43,12 +45,12 @@ def play_ranks(
 ) -> list[R]:
     """A rank of each stage, of that kind, which has played its program to the end."""
     links: dict[Any, _Link] = {}
-    drafts: Drafts = {}
+    drafts: dict[tuple[int, ...], Drafts] = {}
     ranks = []
     for number, (program, costs) in enumerate(stages):
         own = copy(durations)  # equal operators are timed once for all
         own.costs = costs
-        ranks.append(kind(own, number, program, links, drafts))
+        ranks.append(kind(own, number, program, links, drafts.setdefault(tuple(map(id, costs)), {})))
     _play(ranks, links)
     return ranks
 
@@ -58,54 +60,50 @@ def last_of(ends: Sequence[tuple[dict[str, float], dict[str, float]]]) -> int:
     return max(range(len(ends)), key=lambda i: (sum(ends[i][0].values()), -ends[i][0]["pipeline_bubble"]))
 
 
-Drafts = dict[tuple[int, tuple[int, ...]], tuple[Sequence[Event], list[Any]]]
-"""Events of a pass and what ``PipelineRank.draft`` makes of them, by identity of the events and of the units' costs."""
+Drafts = dict[int, tuple[Sequence[Event], list[Any]]]
+"""Events of a pass and what ``PipelineRank.draft`` makes of them, by identity of the events; of ranks whose units cost the same."""
 
 
 class _Link:
     """Messages of one kind from one rank to another, or collectives of the same ranks, in order."""
 
-    __slots__ = ("is_pair", "passed", "times", "waiting")
+    __slots__ = ("passed", "ready", "starts", "waiting")
 
     def __init__(self, n_parties: int) -> None:
-        self.times: list[list[float]] = [[] for _ in range(n_parties)]
+        self.ready: list[list[float]] = [[] for _ in range(n_parties)]
         """When each party was ready for each; by party (of a message: sender, receiver)."""
-        self.is_pair = n_parties == 2
+        self.starts: list[float] = []
+        """When each began for which all parties are ready."""
         self.passed = [0] * n_parties
         """How many of its own each party has waited for."""
         self.waiting: list[PipelineRank] = []
         """Who cannot go on before another party has come."""
 
-    def start(self, party: int) -> float | None:
-        """When that begins, or began, which ``party`` waits for next; ``None``: not known yet."""
-        index = self.passed[party]
-        if self.is_pair:
-            ones, others = self.times
-            if len(ones) <= index or len(others) <= index:
-                return None
-            start = max(ones[index], others[index])
-        else:
-            if any(len(times) <= index for times in self.times):
-                return None
-            start = max(times[index] for times in self.times)
-        self.passed[party] = index + 1
-        return start
+    def begin(self) -> None:
+        """Note the starts of those for which all parties are ready by now."""
+        known = len(self.starts)
+        self.starts += map(max, *(times[known : min(map(len, self.ready))] for times in self.ready))
 
     def state(self) -> list[float]:
         """Of what somebody still waits for."""
         done = min(self.passed)
-        return [at for times in self.times for at in times[done:]]
+        return [at for times in self.ready for at in times[done:]]
 
     def shift(self, moves: Iterator[float], times: int) -> None:
         """Move on by ``times`` repeats, each of which advances ``state`` by the next of ``moves``."""
         done = min(self.passed)
-        self.times = [[*own[:done], *(at + times * next(moves) for at in own[done:])] for own in self.times]
+        for own in self.ready:
+            own[done:] = [at + times * next(moves) for at in own[done:]]
+        del self.starts[done:]
+        self.begin()
 
     def save(self) -> tuple[Any, ...]:
-        return [list(times) for times in self.times], list(self.passed)
+        return [list(times) for times in self.ready], list(self.starts), list(self.passed)
 
     def restore(self, saved: tuple[Any, ...]) -> None:
-        self.times, self.passed = saved
+        ready, self.starts, self.passed = saved
+        for own, kept in zip(self.ready, ready, strict=True):  # which items refer to
+            own[:] = kept
 
 
 class _Place(NamedTuple):
@@ -125,7 +123,6 @@ class PipelineRank(Player):
         self.rank, self.links, self._drafts = rank, links, drafts
         self.pp = durations.job.strategy.pp
         self.stage_size = durations.job.cluster.n_gpus // self.pp
-        self._kind = tuple(map(id, durations.costs))
         self._known: dict[int, list[tuple[Any, ...]]] = {}
         self._links: dict[Tag, tuple[_Link, int, float, str, int]] = {}
         """By tag: the messages or collectives that carry it, this rank's place among their parties, seconds, part, stream."""
@@ -139,19 +136,19 @@ class PipelineRank(Player):
     def _items(self, section: Section) -> list[tuple[Any, ...]]:
         items: list[tuple[Any, ...]] = []
         for events in section.passes or (section.events,):
-            if id(events) not in self._known:
-                self._known[id(events)] = self._items_of(events)
-            items += self._known[id(events)]
+            own = self._known.get(id(events))
+            if own is None:
+                own = self._known[id(events)] = self._items_of(events)
+            items += own
         return items
 
     def _items_of(self, events: Sequence[Event]) -> list[tuple[Any, ...]]:
-        key = id(events), self._kind
-        if key not in self._drafts:
-            self._drafts[key] = events, self._draft(events)
-        return [self._item(part) for part in self._drafts[key][1]]
+        if id(events) not in self._drafts:
+            self._drafts[id(events)] = events, self._draft(events)
+        return [self._item(part) for part in self._drafts[id(events)][1]]
 
     def _draft(self, events: Sequence[Event]) -> list[Any]:
-        """``events`` of a pass as plain code and, between it, events that concern other ranks. Ranks whose units cost the same share it."""
+        """``events`` of a pass as plain code and, between it, events that concern other ranks."""
         draft: list[Any] = []
         plain: list[Event] = []
         tags = set(self._links)
@@ -172,26 +169,29 @@ class PipelineRank(Player):
 
     def _plain(self, events: list[Event]) -> list[tuple[Any, ...]]:
         code = self.compile(events) if events else []
+        if len(code) == 1 and code[0][0] == PASSES and not self.serial:
+            return [(ALONE, *code[0][1:5], code)]
         return [(PLAIN, code)] if code else []
 
     def _item(self, part: Any) -> tuple[Any, ...]:
         """A part of a draft, for this rank."""
-        if isinstance(part, Wait):
+        kind = type(part)
+        if kind is tuple:
+            return part  # type: ignore[no-any-return]  # plain code
+        if kind is Wait:
             return (LEAVE, *self._links[part.tag], part.stream)
-        if isinstance(part, Send | Recv):
-            if part.tag not in self._links:  # all that carry it go the same way
-                link, seconds = self._link_of(part), self.durations.message(part.n_bytes, self._crosses(part.offset))
-                party = int(isinstance(part, Recv))
-                self._links[part.tag] = link, party, seconds, "exposed_other_comm", INDEX[("send", "recv")[party]]
-            return (COME, *self._links[part.tag][:2])
-        if isinstance(part, Collective):
+        if kind is Collective:
             stages = self._stages_of(part)
             key = (part.tag[0], part.span)  # each stage numbers its groups itself
             link = self.links.setdefault(key, _Link(len(stages)))
             seconds, party = self.durations.collective(part.op, part.n_bytes, part.span), stages.index(self.rank)
             self._links[part.tag] = link, party, seconds, COLLECTIVE_PART[part.purpose], INDEX[part.stream]
-            return (COME, link, party)
-        return part  # type: ignore[no-any-return]  # plain code
+        elif part.tag not in self._links:  # all that carry it go the same way
+            link, seconds = self._link_of(part), self.durations.message(part.n_bytes, self._crosses(part.offset))
+            party = int(kind is Recv)
+            self._links[part.tag] = link, party, seconds, "exposed_other_comm", INDEX[("send", "recv")[party]]
+        link, party = self._links[part.tag][:2]
+        return (COME, link, link.ready[party], link.ready[1 - party] if len(link.ready) == 2 else None)
 
     def _link_of(self, event: Send | Recv) -> _Link:
         other = self.rank + event.offset // self.stage_size
@@ -230,46 +230,56 @@ class PipelineRank(Player):
 
     def _obey(self, items: Sequence[tuple[Any, ...]], start_at: int) -> int:
         """Play ``items`` from ``start_at`` on until something is not known yet, which is at the index that is returned."""
-        clocks, parts, busy = self.clocks, self.parts, self.busy
+        clocks, parts, busy, host_log = self.clocks, self.parts, self.busy, self.host_log
         serial, issue_s = self.serial, self.durations.issue_s
+        now, host = clocks[0], clocks[_HOST]
         for index in range(start_at, len(items)):
             item = items[index]
-            if item[0] == PLAIN:
-                code = item[1]
-                if len(code) > 1 or code[0][0] != PASSES or serial or clocks[_HOST] - clocks[0] > code[0][1]:
-                    self.run(code)
-                    continue
-                _, _, device_s, host_s, shares, _ = code[0]
-                for part, seconds in shares:
-                    parts[part] += seconds
-                busy[0] += device_s
-                clocks[0] += device_s
-                clocks[_HOST] += host_s
-                if self.host_log and self.host_log[-1][1] <= clocks[0]:
-                    self.host_log.clear()
-            elif item[0] == COME:
-                _, link, party = item
-                now, host = clocks[0], clocks[_HOST] + issue_s
-                clocks[_HOST] = host
-                link.times[party].append(now if serial or now > host else host)
+            if item[0] == COME:
+                _, link, own, other = item
+                host += issue_s
+                at = now if serial or now > host else host
+                own.append(at)
+                if other is None:
+                    link.begin()
+                elif len(other) >= (number := len(own)):
+                    before = other[number - 1]
+                    link.starts.append(at if at > before else before)
                 if link.waiting:
                     self.woken += link.waiting
                     link.waiting.clear()
-            else:
+            elif item[0] == LEAVE:
                 _, link, party, seconds, part, stream, waiting = item
-                start = link.start(party)
-                if start is None:
+                number = link.passed[party]
+                if number == len(link.starts):
                     link.waiting.append(self)
+                    clocks[0], clocks[_HOST] = now, host
                     return index
+                link.passed[party] = number + 1
+                start = link.starts[number]
                 busy[stream] += seconds
                 end = start + seconds
                 if waiting == "host" and not serial:
-                    if end > clocks[_HOST]:
-                        self.host_log.append((clocks[_HOST], end, part))
-                        clocks[_HOST] = end
-                elif end > clocks[0]:
-                    self._idle(clocks[0], end, (end, start, part, "pipeline_bubble"), part)
-                    clocks[0] = end
+                    if end > host:
+                        host_log.append((host, end, part))
+                        host = end
+                elif end > now:
+                    self._idle(now, end, (end, start, part, "pipeline_bubble"), part)
+                    now = end
+            elif item[0] == ALONE and host - now <= item[1]:
+                _, _, device_s, host_s, shares, _ = item
+                for part, seconds in shares:
+                    parts[part] += seconds
+                busy[0] += device_s
+                now += device_s
+                host += host_s
+                if host_log and host_log[-1][1] <= now:
+                    host_log.clear()
+            else:
+                clocks[0], clocks[_HOST] = now, host
+                self.run(item[-1])
+                now, host = clocks[0], clocks[_HOST]
+        clocks[0], clocks[_HOST] = now, host
         return len(items)
 
 
@@ -288,9 +298,9 @@ def _play(ranks: Sequence[PipelineRank], links: dict[Any, _Link]) -> None:
 
 def _reach(ranks: Sequence[PipelineRank], target: _Place) -> bool:
     """Play all ranks until ``target``; False when each waits for another before that."""
-    ready = list(ranks)
+    ready = deque(ranks)
     while ready:
-        rank = ready.pop()
+        rank = ready.popleft()
         rank.advance(target)
         ready += rank.woken
         rank.woken.clear()

@@ -10,8 +10,8 @@ waits for (and, before that began, to what held that up); while it waits for a k
 So the parts add up to the step.
 
 On a CPU (``gpu.arch == "cpu"``) copies and arithmetic are one clock. Collectives run in threads of their own on the same
-cores: arithmetic hides the share of them that calibration measured (``HostPoint.overlap``), the rest takes its time. Files
-have clocks of their own there too.
+cores: arithmetic hides the share of them that calibration measured (``HostPoint.overlap``), by the rest it is slowed while they
+go on. Files have clocks of their own there too.
 
 Sections repeat: an iteration maps the clocks to new clocks by additions and maxima only. Once two iterations advance
 every clock by the same amounts, the last iteration is played from the clocks that this advance would lead to; if it
@@ -55,6 +55,7 @@ from estimator.schedule.servers import grow_older
 from estimator.time.code import HOST_WAIT, HOST_WORK, PASS, PASSES, WAIT, WORK, joined
 from estimator.time.durations import Durations
 from estimator.time.interval import interval
+from estimator.time.one_clock import sharing, slowed_by
 from estimator.time.profile import HardwareProfile
 from estimator.time.stack import Stack
 
@@ -185,6 +186,9 @@ class Player:
 
     def play(self, section: Section) -> None:
         code, run = self.compile(section.events), self.run
+        if section.repeat == 1:
+            run(code)
+            return
         left = section.repeat
         previous: list[float] | None = None
         while left > 0:
@@ -240,11 +244,16 @@ class Player:
         """``events`` as tuples; hot, so it tests the commonest kinds first and looks up instead of calling."""
         d, passes = self.durations, self._passes
         issue_s, units = d.issue_s, d.costs
+        clears = d.clear(1) > 0.0
         code: list[tuple[Any, ...]] = []
         event: Any
         for event in events:
             kind = type(event)
-            if kind is Alloc or kind is Free:
+            if kind is Free or (kind is Alloc and not clears):
+                continue
+            if kind is Alloc:
+                if event.buffer.role == "full_grads" and (seconds := d.clear(event.buffer.n_bytes)):
+                    code.append((WORK, 0, seconds, issue_s, "backward", None))
                 continue
             if kind is Compute:
                 unit, phase = event
@@ -313,32 +322,36 @@ class Player:
         (self._run_serial if self.serial else self._run)(code)
 
     def _run_serial(self, code: list[tuple[Any, ...]]) -> None:
-        """One clock, except that the hidden share of a collective runs on its own until it is waited for."""
+        """One clock, except that collectives run on their own until they are waited for, and slow what runs beside them (``sharing``)."""
         clocks, tags, parts, busy = self.clocks, self.tags, self.parts, self.busy
-        now, overlap = clocks[0], self.durations.overlap
+        now, slowing, stalling = clocks[0], *sharing(self.durations.overlap)
+        under_way = max(clocks[i] for i in _COLLECTIVE_STREAMS) if slowing else 0.0
         for step in code:
             kind = step[0]
             if kind == PASSES:
+                longer = 1.0
+                if under_way > now:
+                    longer = 1.0 + slowed_by(under_way - now, step[2], slowing) / step[2] if step[2] else 1.0
                 for part, seconds in step[4]:
-                    parts[part] += seconds
-                now += step[2]
+                    parts[part] += seconds * longer
+                now += step[2] * longer
                 busy[0] += step[2]
                 continue
             if kind == PASS:
                 seconds, part, stream = step[2], step[1], 0
             elif kind == WORK:
                 seconds, part, stream = step[2], step[4], step[1]
-                if stream in _FILES:
-                    clocks[stream] = max(clocks[stream], now) + seconds
+                if stream in _FILES or stream in _COLLECTIVE_STREAMS:
                     busy[stream] += seconds
+                    if stalling and stream not in _FILES:
+                        parts[part] += stalling * seconds
+                        now += stalling * seconds
+                        seconds -= stalling * seconds
+                    clocks[stream] = max(clocks[stream], now) + seconds
                     tags[step[5]] = (clocks[stream], clocks[stream] - seconds, part, part)
+                    if slowing and stream not in _FILES:
+                        under_way = max(under_way, clocks[stream])
                     continue
-                if stream in _COLLECTIVE_STREAMS:
-                    hidden = overlap * seconds
-                    busy[stream] += hidden
-                    seconds -= hidden
-                    clocks[stream] = max(clocks[stream], now + seconds) + hidden
-                    tags[step[5]] = (clocks[stream], clocks[stream] - hidden, part, part)
             elif kind == HOST_WORK:
                 seconds, part, stream = step[1], step[2], _HOST
             else:
@@ -349,9 +362,11 @@ class Player:
                     parts[record[2]] += record[0] - now
                     now = record[0]
                 continue
+            busy[stream] += seconds
+            if under_way > now:
+                seconds += slowed_by(under_way - now, seconds, slowing)
             now += seconds
             parts[part] += seconds
-            busy[stream] += seconds
         clocks[0] = now
 
     def _run(self, code: list[tuple[Any, ...]]) -> None:

@@ -255,7 +255,7 @@ class RecordingRank(_Recorder, PipelineRank):
             return False
         if item[0] == LEAVE:
             _, link, party, seconds, part, stream, _ = item
-            start = max(times[link.passed[party] - 1] for times in link.times)
+            start = link.starts[link.passed[party] - 1]
             self._add(STREAMS[stream], part, start, start + seconds, place)
         self._add_wait("compute", parts, now, self.clocks[0], place)
         self.moments[place] = (before, self.now())

@@ -3,7 +3,8 @@
 Curves say what a kernel does that runs alone for a moment. In training chips run hot (clocks drop under power limits), pointwise
 operators of a framework are more or fewer kernels than ours, attention is some version of its kernel, collectives share
 SMs and memory with compute, and every rank waits for the slowest. These few constants say how much; each has a range that
-physics allows, and was fitted on published runs (``validator.published.fit``). ``catalog/stacks.json`` holds them.
+physics allows, and was fitted on published runs (``validator.published.fit``). ``catalog/stacks.json`` holds them. Those of this
+runtime on a machine at hand come from steps that its calibration takes (``validator.calibrate.steps``).
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from math import log
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
+from estimator import catalog
+from estimator.job.cluster import Gpu
 from estimator.job.job import Job
 from estimator.time.profile import HardwareProfile
 from estimator.time.stragglers import expected_maximum
@@ -38,15 +41,20 @@ RANGES: dict[str, Range] = {
     "attention": Range(0.35, 0.8, 1.8, 0.3, "rate over FlashAttention-2's alone, forward: older kernels reach 0.4 to 0.7 of it, cuDNN's and FlashAttention-3 up to 1.8"),
     "attention_backward": Range(0.35, 0.8, 1.8, 0.3, "the same, backward"),
     "attention_wide": Range(0.6, 1.0, 1.3, 0.1, "that of heads wider than 64 over that of others: registers spill"),
-    "memory": Range(0.6, 1.0, 1.3, 0.15, "bandwidth over a lone stream's of what is bound by memory; above 1 where kernels are fused"),
+    "memory": Range(0.4, 1.0, 1.3, 0.15, "bandwidth over a lone stream's of what is bound by memory; above 1 where kernels are fused"),
     "loss": Range(0.5, 1.0, 1.5, 0.15, "the same of the loss"),
     "network": Range(0.3, 0.9, 1.0, 0.2, "rate over a lone collective's"),
     "contention": Range(0.0, 0.3, 1.0, 0.2, "seconds by which a second of collective beside it slows compute"),
     "overlapped": Range(0.0, 0.1, 0.95, 0.2, "share of collectives within layers, and of gathers of new parameters, that compute hides"),
     "straggling": Range(0.0, 0.003, 0.03, 0.003, "standard deviation of ranks' steps over their mean"),
     "step_s": Range(0.0, 0.01, 0.05, 0.01, "seconds of a step in which the framework runs nothing on the GPU"),
+    "issue_s": Range(0.0, 0.0, 3e-4, 1e-4, "seconds of the host that modules and hooks add to issuing an operator of a forward pass"),
 }  # fmt: skip
 """By field of ``Stack``."""
+
+
+UNTOLD = frozenset({"issue_s"})
+"""Constants that published runs do not tell, as hosts' own pace was not published: the files of these have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,7 @@ class Stack:
     overlapped: float = 0.0
     straggling: float = 0.0
     step_s: float = 0.0
+    issue_s: float = 0.0
 
     def slowed(
         self, parts: dict[str, float], busy_s: dict[str, float], n_ranks: int, zero_stage: int
@@ -97,8 +106,17 @@ class Evidence(NamedTuple):
     words: str
     """Where its constants are from; empty where nothing was fitted because nothing needs to be."""
     errors: tuple[float, ...] = ()
-    """Logarithms of forecast over published seconds of runs that are as comparable as there are, each with constants that it took
-    no part in."""
+    """Logarithms of forecast over measured (or published) seconds of runs that are as comparable as there are, each with constants
+    that it took no part in."""
+
+
+Chip = tuple[str, int]
+"""Architecture and number of SMs."""
+
+
+def chip_of(gpu: Gpu) -> Chip:
+    """GPUs of one chip differ in memory, links and power alone, which forecasts know: their constants are the same."""
+    return gpu.arch, gpu.n_sms
 
 
 class Shipped(NamedTuple):
@@ -112,17 +130,31 @@ class Shipped(NamedTuple):
 
 
 def stack_of(job: Job, profile: HardwareProfile) -> Evidence:
-    """Constants for ``job``: those of its framework on its GPU, else the framework's over all GPUs, else medians over frameworks.
+    """Constants for ``job``: those of its framework on its GPU, or on another of the same chip, else the framework's over all GPUs, else
+    medians over frameworks.
 
-    A profile that was measured through this runtime needs none.
+    A profile that was measured through this runtime has those of the steps that were trained with it on that machine; without
+    steps it has none.
     """
     if profile.is_measured and job.strategy.framework == "zerocast":
-        return Evidence(LONE, "")
-    return _evidence(job.strategy.framework, job.cluster.gpu.name)
+        return _measured(profile, min(job.cluster.n_gpus, job.cluster.gpus_per_node))
+    return _evidence(job.strategy.framework, job.cluster.gpu.name, chip_of(job.cluster.gpu))
+
+
+@lru_cache(maxsize=64)
+def _measured(profile: HardwareProfile, workers: int) -> Evidence:
+    steps = [p for p in profile.steps if p.part == "step"]
+    if not profile.stacks:
+        few = "too few" if steps else "no"
+        words = f"profile {profile.name} has {few} measured steps; seconds of lone kernels are added up, and steps take longer"
+        return Evidence(LONE, words)
+    errors = tuple(log(p.forecast_s / p.seconds) for p in steps)
+    nearest = min(profile.stacks, key=lambda p: (abs(p.workers - workers), p.workers))
+    return Evidence(Stack(**nearest.constants), f"constants of {len(steps)} small jobs trained on this machine", errors)
 
 
 @lru_cache(maxsize=256)
-def _evidence(framework: str, gpu: str) -> Evidence:
+def _evidence(framework: str, gpu: str, chip: Chip) -> Evidence:
     shipped = shipped_stacks()
 
     def errors(by: str, of: str = "*", on: str = "*") -> tuple[float, ...]:
@@ -134,6 +166,10 @@ def _evidence(framework: str, gpu: str) -> Evidence:
         known = errors("model", framework, gpu)
         return Evidence(exact, f"constants of {framework} on {gpu}, from {len(known)} published runs", known)
     whole = shipped.stacks.get((framework, "*"))
+    alike = [g for f, g in sorted(shipped.stacks) if f == framework and g != "*" and chip_of(catalog.gpu(g)) == chip]
+    if alike:
+        words = f"{framework} on {gpu} was never measured; its constants on {alike[0]}, the same chip, are taken"
+        return Evidence(shipped.stacks[framework, alike[0]], words, errors("gpu", framework))
     if whole is not None:
         on = ", ".join(sorted(g for f, g in shipped.stacks if f == framework and g != "*"))
         return Evidence(
@@ -151,8 +187,9 @@ def _evidence(framework: str, gpu: str) -> Evidence:
 
 
 def typical(stacks: list[Stack]) -> Stack:
-    """Medians, each constant by itself."""
-    return Stack(**{f.name: median(getattr(stack, f.name) for stack in stacks) for f in fields(Stack)})
+    """Medians, each constant by itself. (``statistics`` takes milliseconds to load, and most forecasts come here.)"""
+    values = {f.name: sorted(getattr(stack, f.name) for stack in stacks) for f in fields(Stack)}
+    return Stack(**{name: (own[(len(own) - 1) // 2] + own[len(own) // 2]) / 2 for name, own in values.items()})
 
 
 @lru_cache(maxsize=1)
@@ -171,7 +208,7 @@ def shipped_stacks() -> Shipped:
 def write_stacks(path: Path, shipped: Shipped) -> None:
     """``shipped`` as JSON, one line per stack and group of errors."""
     stacks = [
-        {"framework": f, "gpu": g, "constants": {k: round(v, 4) for k, v in asdict(stack).items()}}
+        {"framework": f, "gpu": g, "constants": {k: round(v, 4) for k, v in asdict(stack).items() if k not in UNTOLD}}
         for (f, g), stack in sorted(shipped.stacks.items())
     ]
     errors = [

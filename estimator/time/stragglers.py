@@ -8,13 +8,17 @@ the expected maximum of N standard normals: 0 for one, 1.42 for 8, 3.24 for 1,00
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import lru_cache
-from math import erfc, exp, log1p, sqrt
+from math import erfc, exp, inf, log1p, sqrt
 
 from estimator.errors import require_int
 from estimator.job.fields import number
 
-_LOW, _HIGH, _POINTS = -10.0, 12.0, 2200
+_LOW, _HIGH, _POINTS, _ZERO = -10.0, 12.0, 2200, 1000
+_STEP = (_HIGH - _LOW) / _POINTS
+_NOTHING, _ALL = -746.0, -5e-17
+"""Exponentials of less are 0, of more 1, to the last bit."""
 
 
 @lru_cache(maxsize=256)
@@ -27,15 +31,25 @@ def expected_maximum(n: int) -> float:
     require_int("n", n)
     if n == 1:
         return 0.0
-    step = (_HIGH - _LOW) / _POINTS
-    total = 0.0
-    for i in range(_POINTS + 1):
-        x = _LOW + i * step
-        tail = 0.5 * erfc(x / sqrt(2.0))
-        power = exp(n * log1p(-tail)) if tail < 1.0 else 0.0
+    grid = range(_POINTS + 1)
+    rise, one = (bisect_left(grid, power / n, key=lambda i: _log_below(_at(i))) for power in (_NOTHING, _ALL))
+    total = max(0.0, rise - _ZERO - 0.5)  # ones from x = 0 on, while F(x)^n is nothing
+    for i in range(rise, one):
+        x = _at(i)
+        power = exp(n * _log_below(x))
         weight = 0.5 if i in (0, _POINTS) else 1.0
         total += weight * ((1.0 - power) if x > 0 else 0.5 - power if x == 0 else -power)
-    return total * step
+    return total * _STEP
+
+
+def _at(i: int) -> float:
+    return _LOW + i * _STEP
+
+
+def _log_below(x: float) -> float:
+    """Logarithm of ``F(x)``."""
+    tail = 0.5 * erfc(x / sqrt(2.0))
+    return log1p(-tail) if tail < 1.0 else -inf
 
 
 def straggler_share(n_ranks: int, spread: float, *, meetings: float = 1.0) -> float:

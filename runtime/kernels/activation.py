@@ -181,7 +181,7 @@ class _Biased(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, bias = ctx.saved_tensors
         grad_y = grads[0].contiguous()
         grad_x = torch.empty_like(x)
@@ -192,7 +192,7 @@ class _Biased(torch.autograd.Function):
         partial = torch.empty(here.n_partial, width, dtype=torch.float32, device=x.device)
         compiled = _biased_kernel("biased_backward", ctx.name, x.dtype, pack, here.column_threads, x.device)
         launch(compiled, here.grid, here.threads, grad_y, x, bias, grad_x, partial, rows, width)
-        return grad_x, sum_columns(partial, bias.dtype), None
+        return grad_x, sum_columns(partial, bias.dtype) if ctx.needs_input_grad[1] else None, None
 
 
 _plain = loader.outside_compile(_Plain.apply)

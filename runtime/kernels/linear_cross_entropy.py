@@ -15,7 +15,7 @@ from torch import Tensor
 
 from estimator.errors import invalid, require_int
 from estimator.ops.kernels.linear_cross_entropy import default_chunk_rows, logits_stride
-from runtime.context import logits_memory
+from runtime.context import last_of_logits, logits_memory
 from runtime.kernels import loader
 from runtime.kernels.cross_entropy import (
     DEFAULTS,
@@ -141,6 +141,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.sum(logits, 0, dtype=torch.float32, out=sums)
                 elif sums is not None:
                     sums += logits.sum(0, dtype=torch.float32)
+            if grad_h is not None:
+                last_of_logits(grad_h)
             ctx.save_for_backward(grad_h, grad_weight, sums, later)
             ctx.scale, ctx.shape, ctx.dtype = scale, h.shape, h.dtype
             return sum_of(losses, normaliser)

@@ -106,13 +106,14 @@ class _RmsNormReference(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (grad_y,) = grads
         x, weight, inverse_rms = ctx.saved_tensors
         narrow = inverse_rms.dtype != x.dtype
         x_hat = widened(x).mul_(inverse_rms) if narrow else x * inverse_rms
         product = x_hat * grad_y
-        grad_weight = product.reshape(-1, weight.numel()).sum(0).to(weight.dtype)
+        wanted = ctx.needs_input_grad[1]
+        grad_weight = product.reshape(-1, weight.numel()).sum(0).to(weight.dtype) if wanted else None
         mean = product.mul_(weight).mean(-1, keepdim=True)
         del product
         grad_x = x_hat.mul_(mean).neg_()
@@ -210,8 +211,9 @@ class _Norm(torch.autograd.Function):
             shared_bytes=4 * width if reload and partial_bias is not None else 0,
         )  # fmt: skip
         assert partial_weight is not None
-        grad_weight = sum_columns(partial_weight, weight.dtype)
-        grad_bias = None if partial_bias is None else sum_columns(partial_bias, ctx.bias_dtype)
+        wanted = ctx.needs_input_grad  # frozen ones' partial sums are made and not summed
+        grad_weight = sum_columns(partial_weight, weight.dtype) if wanted[2] else None
+        grad_bias = sum_columns(partial_bias, ctx.bias_dtype) if partial_bias is not None and wanted[3] else None
         grad_residual = grad_h if ctx.adds else None
         return grad_h if grad_x is None else grad_x, grad_residual, grad_weight, grad_bias, None, None, None
 

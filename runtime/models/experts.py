@@ -31,7 +31,7 @@ class ExpertMlps(nn.Module):
         self.gate_bias = nn.Parameter(torch.zeros(n, f)) if experts.bias else None
         self.up_bias = nn.Parameter(torch.zeros(n, f)) if experts.bias else None
         self.down_bias = nn.Parameter(torch.zeros(n, d)) if experts.bias else None
-        self.activation = spec.activation
+        self.activation, self.clamp = spec.activation, experts.clamp
         for param in self.parameters():
             param.part = layers.experts.split(experts.n_experts)  # type: ignore[attr-defined]
 
@@ -39,7 +39,10 @@ class ExpertMlps(nn.Module):
         """``rows`` ``[N, D]`` expert by expert, as ``grouped_linear`` takes them, and what these make of them."""
         gate = grouped_linear(rows, self.gate, self.gate_bias, bounds)
         up = grouped_linear(rows, self.up, self.up_bias, bounds)
-        inner = functional.gated_activate(gate, up, self.activation)
+        if self.clamp:
+            inner = functional.clamped_activate(gate, up, self.clamp)
+        else:
+            inner = functional.gated_activate(gate, up, self.activation)
         del gate, up
         return grouped_linear(inner, self.down, self.down_bias, bounds)
 

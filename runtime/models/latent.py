@@ -63,7 +63,10 @@ class LatentSelfAttention(nn.Module):
         k, v = self._keys_and_values(h, cos, sin)
         out = self.core(q, k, v)
         del q, k, v
-        return layers.row(out[..., : shape.value_head_dim].flatten(2), self.out.weight, self.out.bias)
+        trimmed = out[
+            ..., : shape.value_head_dim
+        ].contiguous()  # of one head too, whose slice would be a view of what is wider
+        return layers.row(trimmed.flatten(2), self.out.weight, self.out.bias)
 
     def _keys_and_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         latent, layers = self.latent, self.layers

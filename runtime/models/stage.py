@@ -107,7 +107,7 @@ def stage_of(job: Job, rank: int, device: str, layers: WholeLayers, *, is_real: 
 def stage_values(spec: ModelSpec, device: torch.device, seed: int = 0, std: float = 0.02) -> Fill:
     """What ``initial_values`` writes of the whole decoder, for one who asks for some of its parameters, in their order: the
     others are drawn and thrown away."""
-    values = initial_values(device, seed, std)
+    values = initial_values(device, seed, std, spec.lora)
     everything = ((f"{unit.name}.{param.name}", param.shape) for unit in model_units(spec) for param in unit.params)
     table: Tensor | None = None
 

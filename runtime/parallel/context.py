@@ -37,10 +37,10 @@ class WholeContext(Waiting):
         if n > most:
             raise InputError(f"seq_len is {n}; allowed: at most {most}")
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sinks: Tensor | None = None) -> Tensor:
         """Causal attention of this rank's tokens to all those before: ``q`` ``[B, S, H, D]``, ``k`` and ``v`` ``[B, S, KV, D]``,
-        ``S`` being this rank's; returns ``q``'s shape."""
-        return functional.attention(q, k, v)
+        ``S`` being this rank's; returns ``q``'s shape. ``window`` and ``sinks`` as for ``functional.attention``."""
+        return functional.attention(q, k, v, window=window, sinks=sinks)
 
     def mean(self, loss: Tensor) -> Tensor:
         """The mean of ``loss`` over all ranks that share the sequence. A collective call outside of any step."""

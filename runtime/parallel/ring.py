@@ -42,7 +42,9 @@ class Ring(ContextParallel):
         c = n // 2
         return torch.cat([torch.arange(chunk * c, (chunk + 1) * c, device=device) for chunk in self.chunks])
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sinks: Tensor | None = None) -> Tensor:
+        if sinks is not None or 0 < window < self.size * q.shape[1]:
+            raise InputError("cp_kind is 'ring', but the model's attention has a window or sinks; allowed: 'ulysses'")
         return _RingAttention.apply(q, k, v, self)  # type: ignore[no-any-return]
 
     def pass_on(self, sent: list[Tensor], first_tag: int = 0) -> tuple[list[Tensor], Any]:

@@ -20,9 +20,10 @@ from runtime.parallel.started import started
 class Ulysses(ContextParallel):
     """Each rank has a part of the heads inside attention."""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, sinks: Tensor | None = None) -> Tensor:
         q, k, v = _Exchanged.apply(self, q, k, v)
-        return _GivenBack.apply(functional.attention(q, k, v), self)  # type: ignore[no-any-return]
+        own = None if sinks is None else sinks.chunk(self.size)[self.place]
+        return _GivenBack.apply(functional.attention(q, k, v, window=window, sinks=own), self)  # type: ignore[no-any-return]
 
     def exchange(self, sent: Tensor) -> Tensor:
         """``sent`` ``[n, ...]``, contiguous: part i goes to rank i, whose part for this rank takes its place."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from estimator.ops.kernels.linear_cross_entropy import default_chunk_rows
-from runtime.context import current_ledger, logits_memory, managed_memory
+from runtime.context import last_of_logits, logits_memory, managed_memory
 from runtime.kernels.cross_entropy import DEFAULTS
 from runtime.parallel.started import started
 
@@ -89,8 +89,7 @@ class VocabularyLoss(torch.autograd.Function):
                 del logits, probabilities, grads
             del full
             grad_h = tensor.to_stream(grad_h)
-            if (ledger := current_ledger()) is not None:
-                ledger.last_of_logits(grad_h)
+            last_of_logits(grad_h)
             ctx.save_for_backward(grad_h, grad_weight, grad_bias, share if late else None)
             ctx.scale, ctx.shape = scale, h.shape
             return losses.sum() * share

@@ -157,7 +157,7 @@ def test_fields_in_files_and_keys() -> None:
         (QWEN_MOE, {"ep": 4}, "ep is 4; allowed: a divisor of the 6 experts of tiny-qwen-moe"),
         (MIXTRAL, {"ep": 8}, "ep is 8; allowed: a divisor of the"),
         (MIXTRAL, {"ep": 2, "expert_imbalance": 3}, "a number from 1"),
-        (MIXTRAL, {"ep": 2, "expert_imbalance": 0.5}, "a number from 1"),
+        (MIXTRAL, {"ep": 2, "expert_imbalance": 0.5}, "a number >= 1"),
         (spec(1.0), {"ep": 2, "expert_imbalance": 1.5}, "expert_imbalance is 1.5 with capacity_factor 1.0"),
         (MIXTRAL, {"ep": 2, "zero_stage": 2, "shard_size": 2}, "ep is 2 with shard_size 2; allowed: one of the two"),
         (MIXTRAL, {"ep": 2, "zero_stage": 3, "quantized_weights": True}, "ep is 2 with quantized_weights True"),

@@ -57,7 +57,7 @@ def test_parameter_count_is_exact(entry: dict) -> None:
 
 
 def test_every_family_is_checked() -> None:
-    assert {entry["config"]["model_type"] for entry in SMALL} == set(FAMILIES)
+    assert {entry["config"]["model_type"] for entry in SMALL + PUBLISHED} == set(FAMILIES)
 
 
 def test_shapes_are_read() -> None:
@@ -208,15 +208,16 @@ def test_windows() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "dbrx", "num_local_experts": 8}, "mixture of experts (8 experts)"),
+        ({"model_type": "arctic", "num_local_experts": 8}, "mixture of experts (8 experts)"),
         ({"model_type": "new_moe", "n_routed_experts": 64}, "mixture of experts (64 experts)"),
-        ({"model_type": "mt5", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "pegasus", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "newseq", "is_encoder_decoder": True}, "encoder-decoder"),
-        ({"model_type": "albert"}, "encoder without a causal decoder"),
+        ({"model_type": "albert"}, "shares the parameters of its layers"),
+        ({"model_type": "qwen3_next", "num_experts": 512}, "linear attention"),
         ({"model_type": "newbert", "architectures": ["NewBertForMaskedLM"]}, "encoder without a causal decoder"),
         ({"model_type": "deit", "image_size": 224}, "vision tower"),
-        ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "vision tower"),
-        ({"model_type": "falcon"}, "one shared norm"),
+        ({"model_type": "mllama", "text_config": {}, "vision_config": {}}, "vision tower"),
+        ({"model_type": "falcon"}, "config.hidden_size is missing"),
         ({"model_type": "mamba"}, "state-space"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": "llama\nx"}, "not known here"),

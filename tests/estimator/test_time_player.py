@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -25,8 +26,9 @@ from estimator.schedule.events import (
     Update,
     Wait,
 )
+from estimator.time.code import PASS, WAIT, WORK
 from estimator.time.durations import Durations
-from estimator.time.player import StepTime, time_of
+from estimator.time.player import INDEX, Player, StepTime, time_of
 from estimator.time.profile import HardwareProfile, profile_for
 from estimator.time.stack import LONE
 
@@ -153,7 +155,7 @@ def test_a_slow_host_bounds_small_kernels() -> None:
     op = Op("tiny", "elementwise", False, "bf16", 1.0, 1024)
     slow = replace(PROFILE, host_points=(PROFILE.host_points[0]._replace(op_s=1e-3),))
     t = time_of(program(Compute(0, "forward")), (UnitCost((op,) * 10, (), (), NONE, NONE),), JOB, slow, LONE)
-    kernel = Durations((), JOB, slow).ops.seconds(op)
+    kernel = Durations((), JOB, slow, LONE).ops.seconds(op)
     assert t.step_s == pytest.approx(10e-3 + kernel, rel=1e-12)
     assert t.parts["forward"] == t.step_s
 
@@ -165,6 +167,31 @@ def test_a_cpu_has_one_clock() -> None:
         program(gather(1 << 30), Compute(1, "forward"), Wait("compute", ("gather", 0))), COSTS, job, FREE_ISSUE, LONE
     )
     assert t.parts["exposed_gather"] > 0 and t.step_s == pytest.approx(sum(t.busy_s.values()), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "forward_s", "waiting_s"),
+    [
+        (0.75, 3.0 + 0.25 * 2.0, 0.0),  # a quarter of the two seconds beside it
+        (0.5, 3.0 + 0.5 * 2.0, 0.0),  # half speed for as long
+        (0.25, 3.0 + 0.5 * 1.0, 1.0),  # one second in which only the collective goes on, one at half speed
+        (0.0, 3.0, 2.0),
+    ],
+)
+def test_a_collective_slows_a_cpus_arithmetic(overlap: float, forward_s: float, waiting_s: float) -> None:
+    player = Player(SimpleNamespace(overlap=overlap), serial=True)  # type: ignore[arg-type]
+    player.run([(WORK, INDEX["gather"], 2.0, 0.0, "exposed_gather", ("gather", 0)), (PASS, "forward", 3.0, 0.0, 0.0)])
+    player.run([(WAIT, 0, ("gather", 0))])
+    assert player.parts["forward"] == pytest.approx(forward_s)
+    assert player.parts["exposed_gather"] == pytest.approx(waiting_s)
+    assert sum(player.parts.values()) == pytest.approx(player.clocks[0])
+
+
+def test_what_is_waited_for_at_once_is_all_waiting() -> None:
+    player = Player(SimpleNamespace(overlap=0.6), serial=True)  # type: ignore[arg-type]
+    player.run([(WORK, INDEX["gather"], 2.0, 0.0, "exposed_gather", ("gather", 0)), (WAIT, 0, ("gather", 0))])
+    player.run([(PASS, "forward", 3.0, 0.0, 0.0)])
+    assert (player.parts["exposed_gather"], player.parts["forward"]) == (2.0, 3.0)
 
 
 EVENTS = st.lists(

@@ -44,6 +44,11 @@ BIASED = replace(
     tiny.LLAMA, name="tiny-biased-experts", family="gpt_oss",
     experts=Experts(n_experts=4, per_token=1, d_ff=20, bias=True, router_bias=True, capacity_factor=0.5),
 )  # fmt: skip
+GPT_OSS = replace(
+    BIASED, name="tiny-gpt-oss", n_layers=3, attn_sinks=True, sliding_window=5, global_every=2, qkv_bias=True, attn_out_bias=True,
+    experts=replace(BIASED.experts, per_token=2, clamp=0.1, capacity_factor=0.0),
+)  # fmt: skip
+"""Its clamp is so narrow that it is felt from the first step on."""
 ALL: tuple[ModelSpec, ...] = (MIXTRAL, QWEN_MOE, DEEPSEEK_V3, DEEPSEEK_V2, BIASED)
 
 Values = Mapping[str, Tensor]

@@ -71,9 +71,11 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not any(issubclass(kind, DTensor) for kind in types):
+        sharded = any(issubclass(kind, DTensor) for kind in types)
+        lists = sharded and "foreach" in str(func)  # of an optimizer, whose temporaries no operator beneath shows
+        if lists or not sharded:
             for leaf in tree_leaves(out):
-                if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor):
+                if isinstance(leaf, torch.Tensor) and (lists or not isinstance(leaf, DTensor)):
                     self.adopt(leaf)
             self.look()
         return out
@@ -112,6 +114,9 @@ def sharded(job: Job) -> torch.nn.Module:
         if s.recompute == "full":
             block.forward = again(block.forward)
         model.blocks[number] = shard(block)
+    if s.root_apart:  # torchtitan/models/llama3/infra/parallelize.py of 0.2: apply_fsdp
+        shard(model.embed)
+        shard(model.head, reshard_after_forward=False)
     return shard(model)
 
 
@@ -125,7 +130,8 @@ def tracked_step(job: Job) -> tuple[int, int]:
     with fake_world(job.cluster.n_gpus), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = sharded(job)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        impl = {job.strategy.optimizer_impl: True}
+        optimizer = torch.optim.AdamW(model.parameters(), **impl)
 
         def step() -> None:
             for _ in range(job.n_micro_batches):
@@ -153,12 +159,14 @@ def tracked_step(job: Job) -> tuple[int, int]:
 
 def case(
     framework: str, model: str, world: int, stage: int, *, dtype: str = "bf16", grads: str = "fp32", micro: int = 1,
-    again: str = "none", rows: int = 2, slow: bool = True,
+    again: str = "none", rows: int = 2, slow: bool = True, apart: bool = False,
 ) -> Any:  # fmt: skip
     """A ``pytest.param`` of one job."""
-    strategy = Strategy(zero_stage=stage, dtype=dtype, grad_dtype=grads, recompute=again, framework=framework)  # type: ignore[arg-type]
+    strategy = Strategy(
+        zero_stage=stage, dtype=dtype, grad_dtype=grads, recompute=again, framework=framework, root_apart=apart,  # type: ignore[arg-type]
+    )  # fmt: skip
     job = tiny.job(MODELS[model], strategy, world=world, n_micro_batches=micro, micro_batch=rows, arch="cpu")
-    name = f"{model}-{world}-zero{stage}-{dtype}-{grads}-{micro}x{rows}-{again}"
+    name = f"{model}-{world}-zero{stage}-{dtype}-{grads}-{micro}x{rows}-{again}" + "-apart" * apart
     return pytest.param(job, id=name, marks=[pytest.mark.slow] if slow else [])
 
 

@@ -39,6 +39,10 @@ CASES = [
     fsdp2("odd-qwen3", 6, 3),
     fsdp2("odd-qwen3", 64, 3, micro=2, again="full"),
     fsdp2("odd-qwen3", 24, 2, grads="model"),
+    fsdp2("tiny-llama", 4, 3, apart=True, slow=False),
+    fsdp2("deep-llama", 16, 3, apart=True, micro=2),
+    fsdp2("deep-llama", 8, 3, apart=True, again="full", rows=8),
+    fsdp2("wide-llama", 8, 2, apart=True),
 ]
 
 

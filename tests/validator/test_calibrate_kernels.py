@@ -32,6 +32,7 @@ FAMILY = {
     "linear_cross_entropy": "cross_entropy", "embedding": "embedding", "grad_norm": "grad_norm", "adam_step": "optimizer_step",
     "sgd_step": "sgd", "accumulate_grad": "accumulate_grad", "logits_to_fp32": "cross_entropy",
     "logits_grad_from_fp32": "cross_entropy", "log_softmax": "cross_entropy", "nll_loss": "cross_entropy",
+    "scale": "cross_entropy", "tanh": "cross_entropy",
 }  # fmt: skip
 """Operators of forecasts and the kernel of the table whose points are theirs; sums, copies and the like are ``add``'s."""
 PLAIN = {"traffic", "add", "add_grads", "bias_grad", "head_grad_bias", "sum_over_batch", "repeat_heads"}

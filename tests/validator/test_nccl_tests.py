@@ -102,6 +102,15 @@ def test_several_nodes_several_runs_and_mpiruns_prefix(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "prefix", ["[prterun-node-1@1,0]<stdout>: ", "[launcher-0] ", "2024-05-01T10:00:00.12Z [1,0]<stdout>:"]
+)
+def test_what_launchers_and_loggers_put_before_lines(prefix: str) -> None:
+    text = "./all_gather_perf\n" + ranks(2) + NEW_HEADER + GATHER_ROWS
+    (run,) = parse("".join(f"{prefix}{line}\n" for line in text.splitlines()), "x")
+    assert (run.said, run.group_size, [row.n_bytes for row in run.rows]) == ("all_gather", 2, [67108864, 8589934592])
+
+
 def test_groups_that_run_at_once_are_counted_apart() -> None:
     text = ranks(4).replace("Rank  2 Group  0", "Rank  2 Group  1").replace("Rank  3 Group  0", "Rank  3 Group  1")
     (run,) = parse(text + NEW_HEADER + GATHER_ROWS, "x")
@@ -122,6 +131,9 @@ def test_groups_that_run_at_once_are_counted_apart() -> None:
         (ranks(2) + NEW_HEADER + GATHER_ROWS.replace("100.1", "300.1"), "line 10: 67108864 bytes in 300.1 us are 223"),
         (ranks(4) + NEW_HEADER + GATHER_ROWS, "line 13: busbw 482.71 beside algbw 965.42 is not what all_gather over 4"),
         ("./broadcast_perf -b 8\n" + ranks(2) + NEW_HEADER + GATHER_ROWS, "is of broadcast_perf; allowed: all_gather"),
+        (ranks(2) + NEW_HEADER + GATHER_ROWS.replace(" -1 ", "  0 "), "line 10: root is 0: a broadcast, reduce, gather or"),
+        (ranks(2) + NEW_HEADER + GATHER_ROWS.replace("100.1", "  inf"), "line 10: time is inf us; allowed: a finite number"),
+        (ranks(1) + NEW_HEADER + GATHER_ROWS, "is of one rank, which sends nothing; allowed: at least 2"),
     ],
 )  # fmt: skip
 def test_what_is_refused_names_the_line(tmp_path: Path, text: str, words: str) -> None:

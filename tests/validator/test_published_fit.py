@@ -9,11 +9,11 @@ from math import exp
 import numpy as np
 import pytest
 
-from estimator.time.stack import PRIOR, RANGES, Stack
+from estimator.time.stack import PRIOR, RANGES, UNTOLD, Stack
 from validator.published import broken_budgets, parse_published_budgets, read_runs
 from validator.published.cases import TABLE, cases_of
 from validator.published.evaluation import GroupError
-from validator.published.fit import Case, fit, fit_gpus, fit_lines
+from validator.published.fit import Case, fit, fit_chips, fit_lines
 from validator.published.left_out import GROUPS, residuals
 
 TRUTH = replace(PRIOR, matmul=0.85, attention=0.6, memory=0.9, step_s=0.02)
@@ -38,7 +38,7 @@ def test_what_was_put_in_comes_out() -> None:
 
 def test_an_outlier_moves_little() -> None:
     odd = [*cases()[1:], replace(cases()[0], seconds=2 * cases()[0].seconds)]
-    _, lines = fit(odd, PRIOR, looseness=30.0)
+    _, lines = fit(odd, PRIOR, looseness=10.0)  # eight runs cannot hold as many constants that are all but free
     assert np.median(np.abs(lines.errors)) < 0.02 and np.abs(lines.errors).max() > 0.5
 
 
@@ -52,7 +52,7 @@ def test_constants_stay_in_their_ranges() -> None:
 
 def test_lines_forecast_what_whole_forecasts_say() -> None:
     stack, lines = fit(cases(), PRIOR)
-    beside = Stack(**{name: value + 0.01 for name, value in asdict(stack).items()})
+    beside = Stack(**{name: value + 0.01 * (name not in UNTOLD) for name, value in asdict(stack).items()})
     step = np.array(list(asdict(beside).values())) - lines.at
     for case, error, slope in zip(cases(), lines.errors, lines.slopes, strict=True):
         assert case.error(beside) == pytest.approx(error + slope @ step, abs=0.003)
@@ -68,7 +68,7 @@ def test_nothing_to_learn_from_leaves_the_prior() -> None:
 def test_what_is_left_out_takes_no_part() -> None:
     model = cases()[0].model
     spoiled = [replace(case, seconds=3 * case.seconds) if case.model == model else case for case in cases()]
-    clean, bad = ({"composer": fit_gpus(own)} for own in (list(cases()), spoiled))
+    clean, bad = ({"composer": fit_chips(own)} for own in (list(cases()), spoiled))
     found = {r.case.run_id: r.log_error for r in residuals({"composer": spoiled}, bad, "model")}
     kept = {r.case.run_id: r.log_error for r in residuals({"composer": list(cases())}, clean, "model")}
     for case in cases():

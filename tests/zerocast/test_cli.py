@@ -55,11 +55,12 @@ def test_job_flags_are_the_same_everywhere() -> None:
 
     assert flags("predict") == flags("plan") == flags("measure")
     assert flags("predict") == [
-        "--model", "--gpu", "--gpus", "--gpus-per-node", "--internode-gbps", "--nvlink-domain", "--nodes-per-leaf", "--oversubscription",
+        "--model", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--lora-config",
+        "--gpu", "--gpus", "--gpus-per-node", "--internode-gbps", "--nvlink-domain", "--nodes-per-leaf", "--oversubscription",
         "--rail-optimized", "--in-network-reduction", "--hierarchical", "--zero", "--offload", "--offload-fraction",
         "--delayed-update", "--recompute", "--recompute-every", "--activation-offload", "--persistent-numel", "--dtype", "--grad-dtype",
-        "--master-dtype", "--state-dtype", "--optimizer", "--grad-clip", "--framework", "--overlap-comm", "--prefetch-numel", "--live-numel", "--compile", "--compile-loss", "--attention", "--matmul-dtype",
-        "--kernels-off", "--shard-size",
+        "--master-dtype", "--state-dtype", "--optimizer", "--optimizer-impl", "--grad-clip", "--framework", "--overlap-comm", "--prefetch-numel", "--live-numel", "--compile", "--compile-loss", "--root-apart", "--attention", "--matmul-dtype",
+        "--train-tower", "--kernels-off", "--shard-size",
         "--quantized-weights", "--secondary-shard", "--quantized-grads", "--grad-compression",
         "--compression-warmup-steps", "--sparse-embeddings", "--tp", "--sequence-parallel", "--pp", "--pp-schedule",
         "--virtual-pp", "--pp-layers", "--cp", "--cp-kind", "--ep", "--expert-imbalance", "--sync", "--n-servers",

@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from estimator.errors import InputError, invalid, unknown_choice
 from validator.compare.join import Comparison
 from validator.compare.rows import SCALAR_TERMS, Row
@@ -105,6 +103,8 @@ def _overruns(term: str, rows: Sequence[Row], budget: Budget) -> list[Overrun]:
     if budget.statistic == "worst":
         over = [row for row in rows if row.size > budget.limit]
         return [Overrun(sentence=_row_sentence(row, budget), size=row.size) for row in over]
+    import numpy as np  # which takes a tenth of a second to load
+
     sizes = [row.size for row in rows]
     defined = all(math.isfinite(size) for size in sizes)
     quantile = 0.5 if budget.statistic == "median" else 0.9

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from estimator.errors import require_choice
 from estimator.report import StepReport
 from validator.compare.rows import Row, gpu_name
+
+if TYPE_CHECKING:
+    import numpy as np  # statistics alone need it: every command that reads a profile imports this module
 
 GROUPINGS = ("backend", "stage", "offload", "recompute", "dtype", "model", "gpu", "world")
 """What cases can be grouped by. ``stage`` is the ZeRO stage asked for, ``world`` the number of GPUs of the job."""
@@ -106,17 +108,23 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
         raise ValueError(f"spearman needs as many x as y, not {len(x)} and {len(y)}")
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
+    import numpy as np
+
     return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
     """Rank of each value from 1; equal values share the average of theirs."""
+    import numpy as np
+
     _, group, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray((last - (counts - 1) / 2)[group])
 
 
 def _summary(term: str, rows: Sequence[Row]) -> TermSummary:
+    import numpy as np
+
     known = np.array([row.error for row in rows if row.error is not None], dtype=np.float64)
     size = np.abs(known)
     some = known.size > 0

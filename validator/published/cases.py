@@ -9,7 +9,7 @@ from pathlib import Path
 from estimator.errors import InputError
 from estimator.time.stack import Shipped, Stack
 from validator.published.expression import job_of
-from validator.published.fit import Case, GpuFits, fit_gpus
+from validator.published.fit import Case, ChipFits, fit_chips
 from validator.published.left_out import GROUPS, residuals
 from validator.published.runs import PublishedRun
 
@@ -47,14 +47,16 @@ def fit_stacks(cases: Sequence[Case], on_step: Callable[[str], None] = lambda wh
     ``on_step`` is told what begins.
     """
     by_framework = {f: [case for case in cases if case.framework == f] for f in sorted({c.framework for c in cases})}
-    fits: dict[str, GpuFits] = {}
+    fits: dict[str, ChipFits] = {}
     for framework, own in by_framework.items():
         if len(own) < FEWEST:
             continue
         on_step(f"fit {framework}: {len(own)} runs")
-        fits[framework] = fit_gpus(own)
+        fits[framework] = fit_chips(own)
     stacks = {(f, "*"): fit.together for f, fit in fits.items()}
-    stacks |= {(f, gpu): stack for f, fit in fits.items() for gpu, stack in fit.by_gpu.items()}
+    stacks |= {
+        (case.framework, case.gpu): fits[case.framework].by_chip[case.chip] for case in cases if case.framework in fits
+    }
     errors: dict[tuple[str, str, str], dict[str, float]] = {}
     for by in GROUPS:
         on_step(f"leave out one {by} at a time")

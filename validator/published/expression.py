@@ -31,6 +31,11 @@ _FRAMEWORKS = (
 """By a word of the published name, the first that it has; plain DDP is FSDP1's NO_SHARD."""
 _OFFLOAD = {"none": "none", "optimizer_cpu": "optimizer", "optimizer_param_cpu": "optimizer,param"}
 _OPTIMIZERS = {"adamw (decoupled)": "adamw"}
+_GRAD_FUSION, _TORCH_2_1, _COMPOSER_0_16_4 = "2022-01-01", "2023-10-04", "2023-10-11"
+"""Since when Megatron-LM's products add gradients to where they are kept (about), torch's checkpoint stops early, and Composer reduces
+gradients in fp32 (days of release)."""
+_ROOT_APART = "2025-10-18"
+"""Since when torchtitan gathers embedding and head by themselves: its wheel 0.2.0 was made then and does, that of 0.1.0 (2025-06-18) does not."""
 _FLASH = ("flash", "sdpa", "unknown", None)
 
 
@@ -157,10 +162,13 @@ def _strategy(run: PublishedRun) -> Strategy:
         recompute=recompute,
         dtype="bf16" if dtype == "fp8" else dtype,  # type: ignore[arg-type]
         matmul_dtype="fp8" if dtype == "fp8" else "model",
+        grad_fusion=framework != "megatron" or (run.text("date") or _GRAD_FUSION) >= _GRAD_FUSION,
+        whole_recompute=framework in ("composer", "fsdp1") and (run.text("date") or _TORCH_2_1) < _TORCH_2_1,
         attention="eager" if run.text("attention") == "eager" else "flash",
         compile=bool(run.flag("torch_compile")),
         compile_loss=framework == "fsdp2" and bool(run.flag("torch_compile")) and (run.text("date") or "") >= "2025",
-        grad_dtype="fp32" if run.text("grad_reduce_dtype") == "fp32" else "model",
+        root_apart=framework == "fsdp2" and (run.text("date") or "") >= _ROOT_APART,
+        grad_dtype=_grad_dtype(run, framework),  # type: ignore[arg-type]
         optimizer=_OPTIMIZERS.get(optimizer, optimizer),  # type: ignore[arg-type]
         tp=tp,
         sequence_parallel=True if sequence is None else sequence,
@@ -171,3 +179,11 @@ def _strategy(run: PublishedRun) -> Strategy:
         cp_kind="ulysses" if "cp_comm_type=a2a" in (run.text("notes") or "") else "ring",
         ep=run.whole_or("ep", 1),
     )
+
+
+def _grad_dtype(run: PublishedRun, framework: str) -> str:
+    """Where it was not published, what the framework did on the row's date; a mixed-precision default before that is the model's."""
+    published = run.text("grad_reduce_dtype")
+    if published is None and framework == "composer" and (run.text("date") or "") >= _COMPOSER_0_16_4:
+        return "fp32" if run.text("compute_dtype") != "fp32" else "model"
+    return "fp32" if published == "fp32" else "model"

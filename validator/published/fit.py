@@ -1,18 +1,19 @@
 """Constants of software stacks (``estimator.time.stack``), fitted to published step times.
 
 Two levels, as there are few runs of each framework and GPU: constants of a framework over all GPUs, held near what physics
-expects (``RANGES``), and those of the framework on one GPU, held near the first. Gauss-Newton on the logarithm of forecast over
+expects (``RANGES``), and those of the framework on one chip, held near the first (GPUs of one chip differ in memory, links and power,
+which the forecast knows). Gauss-Newton on the logarithm of forecast over
 published seconds. Errors beyond what most have weigh by their size, not its square: published runs have outliers. Where even
 the best constants leave large errors, what is missing is no constant, and the expected ones are held more firmly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import log
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from estimator.predict import Blueprint, lay_out_stages
 from estimator.time.pipeline import time_of_pipeline
 from estimator.time.player import StepTime, time_of
 from estimator.time.profile import profile_for
-from estimator.time.stack import PRIOR, RANGES, Stack
+from estimator.time.stack import PRIOR, RANGES, UNTOLD, Chip, Stack, chip_of
 
 NOISE = 0.015
 """Relative error of a published step time that is no surprise: 55 configurations published twice differ by 1% in the median."""
@@ -30,7 +31,7 @@ _NORMAL = 1.4826
 """Standard deviation of normal errors over their median size."""
 
 LOOSENESS = 0.5
-"""How much nearer constants on one GPU are held to the framework's than those to physics."""
+"""How much nearer constants on one chip are held to the framework's than those to physics."""
 
 ROUNDS = 4
 """Linearisations at most."""
@@ -38,8 +39,15 @@ ROUNDS = 4
 _NAMES = tuple(RANGES)
 _LOW = np.array([r.low for r in RANGES.values()])
 _HIGH = np.array([r.high for r in RANGES.values()])
-_STEPS = np.where(_LOW > 0, 1e-3, 1e-4)
+_STEPS = np.array([1e-3 if r.low > 0 else min(1e-4, r.width / 20) for r in RANGES.values()])
 _WIDTH = np.array([r.width for r in RANGES.values()])
+
+
+class Timed(Protocol):
+    """Something whose seconds are known, and can be forecast."""
+
+    def error(self, stack: Stack) -> float:
+        """Logarithm of forecast over known seconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +65,10 @@ class Case:
     job: Job
     known_s: dict[Stack, float] = field(default_factory=dict)
     """Forecast seconds, which cases of equal jobs share."""
+
+    @property
+    def chip(self) -> Chip:
+        return chip_of(self.job.cluster.gpu)
 
     def error(self, stack: Stack) -> float:
         """Logarithm of forecast over published seconds."""
@@ -87,38 +99,41 @@ class Lines(NamedTuple):
         return Lines(self.at, self.errors[chosen], self.slopes[chosen])
 
 
-class GpuFits(NamedTuple):
-    """Constants of one framework, those on each GPU, and how errors change near both."""
+class ChipFits(NamedTuple):
+    """Constants of one framework, those on each chip, and how errors change near both."""
 
     together: Stack
-    by_gpu: dict[str, Stack]
+    by_chip: dict[Chip, Stack]
     lines: Lines
     """Near ``together``, of all cases."""
-    gpu_lines: dict[str, Lines]
-    """Near each of ``by_gpu``, of the cases on it."""
+    chip_lines: dict[Chip, Lines]
+    """Near each of ``by_chip``, of the cases on it."""
 
 
-def fit_gpus(cases: Sequence[Case]) -> GpuFits:
+def fit_chips(cases: Sequence[Case]) -> ChipFits:
     """Constants of the framework of which all ``cases`` are."""
     together, lines = fit(cases, PRIOR)
-    by_gpu, gpu_lines = {}, {}
-    for gpu in sorted({case.gpu for case in cases}):
-        own = [case for case in cases if case.gpu == gpu]
-        by_gpu[gpu], gpu_lines[gpu] = fit(own, together, LOOSENESS)
-    return GpuFits(together, by_gpu, lines, gpu_lines)
+    by_chip, chip_lines = {}, {}
+    for chip in sorted({case.chip for case in cases}):
+        own = [case for case in cases if case.chip == chip]
+        by_chip[chip], chip_lines[chip] = fit(own, together, LOOSENESS)
+    return ChipFits(together, by_chip, lines, chip_lines)
 
 
-def fit(cases: Sequence[Case], near: Stack, looseness: float = 1.0) -> tuple[Stack, Lines]:
-    """The constants that forecast ``cases`` best, held near ``near`` by ``looseness`` times the widths of ``RANGES``."""
+def fit(
+    cases: Sequence[Timed], near: Stack, looseness: float = 1.0, untold: Collection[str] = UNTOLD
+) -> tuple[Stack, Lines]:
+    """The constants that forecast ``cases`` best, held near ``near`` by ``looseness`` times the widths of ``RANGES``; those
+    ``untold`` stay there."""
     x = _values(near)
     for _ in range(ROUNDS):
-        lines = _lines(cases, x)
+        lines = _lines(cases, x, untold)
         moved = _values(fit_lines(lines, near, looseness))
         done = np.abs(moved - x).max() < 0.003
         x = moved
         if done:
             break
-    return _stack(x), _lines(cases, x)
+    return _stack(x), _lines(cases, x, untold)
 
 
 def fit_lines(lines: Lines, near: Stack, looseness: float = 1.0) -> Stack:
@@ -144,13 +159,15 @@ def _values(stack: Stack) -> np.ndarray:
 
 
 def _stack(x: np.ndarray) -> Stack:
-    return Stack(**{name: round(float(value), 6) for name, value in zip(_NAMES, x, strict=True)})
+    return Stack(**{name: round(float(value), 7) for name, value in zip(_NAMES, x, strict=True)})
 
 
-def _lines(cases: Sequence[Case], x: np.ndarray) -> Lines:
+def _lines(cases: Sequence[Timed], x: np.ndarray, untold: Collection[str]) -> Lines:
     errors = np.array([case.error(_stack(x)) for case in cases])
     slopes = np.zeros((len(cases), len(x)))
     for k in range(len(x)):
+        if _NAMES[k] in untold:
+            continue
         step = _STEPS[k] if x[k] + _STEPS[k] <= _HIGH[k] else -_STEPS[k]
         beside = x.copy()
         beside[k] += step

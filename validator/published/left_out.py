@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from estimator.time.stack import PRIOR, Stack, typical
-from validator.published.fit import LOOSENESS, Case, GpuFits, fit_lines
+from estimator.time.stack import PRIOR, Chip, Stack, typical
+from validator.published.fit import LOOSENESS, Case, ChipFits, fit_lines
 
 GROUPS: dict[str, Callable[[Case], str]] = {
     "model": lambda case: case.model,
@@ -27,11 +27,13 @@ class Residual(NamedTuple):
     """Logarithm of forecast over published seconds."""
 
 
-def residuals(cases: Mapping[str, Sequence[Case]], fits: Mapping[str, GpuFits], by: str) -> list[Residual]:
+def residuals(cases: Mapping[str, Sequence[Case]], fits: Mapping[str, ChipFits], by: str) -> list[Residual]:
     """Of every one of ``cases`` (by framework), with its group ``by`` left out of all constants.
 
-    Constants are those that ``estimator.time.stack`` would take: the framework's on that GPU, else the framework's, else medians over
-    what is nearest. They are fitted anew along the derivatives at ``fits``; the errors are those of whole forecasts.
+    Constants are those that ``estimator.time.stack`` would take: the framework's on that chip, else the framework's, else medians over
+    what is nearest. They are found without the group's runs, but along derivatives that were taken where all runs had led (``fits``),
+    as fitting all over again for every group would take many times as long; the errors are those of whole forecasts.
+    The *form* of the model (which constants there are, their ranges, what the operators cost) was chosen by people who saw all rows.
     """
     group_of, found = GROUPS[by], []
     for framework, own in cases.items():
@@ -43,21 +45,21 @@ def residuals(cases: Mapping[str, Sequence[Case]], fits: Mapping[str, GpuFits], 
                 stacks = _without(own, fits[framework], [group_of(case) != group for case in own])
             for case in own:
                 if group_of(case) == group:
-                    stack = elsewhere if stacks is None else stacks.get(case.gpu, stacks["*"])
+                    stack = elsewhere if stacks is None else stacks.get(case.chip, stacks["*"])
                     found.append(Residual(case, by, case.error(stack)))
     return found
 
 
-def _without(own: Sequence[Case], fits: GpuFits, stays: Sequence[bool]) -> dict[str, Stack] | None:
-    """Constants of those that stay: over all GPUs (``*``), and by GPU; ``None`` where none stays."""
+def _without(own: Sequence[Case], fits: ChipFits, stays: Sequence[bool]) -> dict[Chip | str, Stack] | None:
+    """Constants of those that stay: over all GPUs (``*``), and by chip; ``None`` where none stays."""
     rest = [index for index, stay in enumerate(stays) if stay]
     if not rest:
         return None
     together = fit_lines(fits.lines.of(rest), PRIOR)
-    stacks = {"*": together}
-    for gpu, lines in fits.gpu_lines.items():
-        places = [index for index, case in enumerate(own) if case.gpu == gpu]
+    stacks: dict[Chip | str, Stack] = {"*": together}
+    for chip, lines in fits.chip_lines.items():
+        places = [index for index, case in enumerate(own) if case.chip == chip]
         kept = [place for place, index in enumerate(places) if stays[index]]
         if kept:
-            stacks[gpu] = fit_lines(lines.of(kept), together, LOOSENESS)
+            stacks[chip] = fit_lines(lines.of(kept), together, LOOSENESS)
     return stacks

@@ -193,6 +193,8 @@ class Store:
         """A connection in autocommit mode; to read, a file in a place without write permission is taken as it is."""
         if write:
             return sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None)
+        if self.path.is_dir():
+            raise InputError(f"store {str(self.path)!r} is a folder; allowed: a file")
         writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
         log_is_empty = not self.path.with_name(self.path.name + "-wal").exists()
         mode = "mode=rw" if writable else "mode=ro&immutable=1" if log_is_empty else "mode=ro"

@@ -24,9 +24,10 @@ def logits_stride(vocab_size: int, itemsize: int) -> int:
 
 def cost(
     shape: tuple[int, int, int], dtype: str, itemsize: int, *, bias: bool = False, chunk_rows: int | None = None,
-    factor_is_one: bool = True,
+    factor_is_one: bool = True, of_weights: bool = True,
 ) -> tuple[list[Op], list[Op]]:  # fmt: skip
-    """Forward and backward of one call on ``(rows, D, V)`` with gradients of everything, reduction "mean", no row ignored.
+    """Forward and backward of one call on ``(rows, D, V)`` with gradients of everything (or of hidden states alone, where not
+    ``of_weights``), reduction "mean", no row ignored.
 
     The backward pass multiplies the gradients by the loss's own gradient, unless ``factor_is_one``. In fp16 the factor holds
     the number of rows, so that it never is. The bias's gradient is one sum over each chunk in plain torch.
@@ -43,6 +44,10 @@ def cost(
             Op("head", "matmul", False, dtype, flops, h + w + logits + bias * vocab_size * itemsize, (1, here, vocab_size, width)),
             Op("cross_entropy", "loss", False, dtype, 8 * here * vocab_size, moved),
             Op("head_grad_input", "matmul", True, dtype, flops, logits + w + h, (1, here, width, vocab_size)),
+        ]  # fmt: skip
+        if not of_weights:
+            continue
+        forward += [
             Op("head_grad_weight", "matmul", True, dtype, flops, logits + h + w * (2 if start else 1), (1, vocab_size, width, here)),
         ]  # fmt: skip
         if bias:
@@ -50,8 +55,9 @@ def cost(
             forward.append(
                 Op("head_grad_bias", "elementwise", True, dtype, here * vocab_size, moved, launches=2 if start else 1)
             )
-    n, scaled = 3 if bias else 2, late or not factor_is_one
-    numel = n_rows * width + weight
+    bias = bias and of_weights
+    n, scaled = (3 if bias else 2) if of_weights else 1, late or not factor_is_one
+    numel = n_rows * width + weight * of_weights
     moved = 4 * n + scaled * 2 * (numel * itemsize + bias * 4 * vocab_size) + 20 * late
     backward = [
         Op(
