@@ -79,7 +79,7 @@ def plain_sizes(c: Config, n_layers: int, d_model: int, n_heads: int, d_ff: int)
     }
 
 
-def _gpt(c: Config, n_layers: int, d_model: int, n_heads: int, d_ff: int) -> Shape:
+def gpt_line(c: Config, n_layers: int, d_model: int, n_heads: int, d_ff: int) -> Shape:
     """What the GPT-2 line shares: LayerNorm and linear layers with biases, an ungated MLP of tanh-GELU, a tied head."""
     return {
         **plain_sizes(c, n_layers, d_model, n_heads, d_ff),
@@ -98,7 +98,9 @@ def _gpt2(c: Config) -> Shape:
     n_heads, _ = c.heads(d_model, "n_head", "num_attention_heads")
     rows = c.size("n_positions", "max_position_embeddings")
     return {
-        **_gpt(c, c.layers("n_layer", "num_hidden_layers"), d_model, n_heads, c.size("n_inner", default=4 * d_model)),
+        **gpt_line(
+            c, c.layers("n_layer", "num_hidden_layers"), d_model, n_heads, c.size("n_inner", default=4 * d_model)
+        ),
         "max_positions": rows,
         "positions": "learned",
         "position_rows": rows,
@@ -121,7 +123,7 @@ def _opt(c: Config) -> Shape:
     bias = c.flag("enable_bias", default=True)
     positions = c.size("max_position_embeddings")
     return {
-        **_gpt(c, c.layers("num_hidden_layers"), d_model, n_heads, c.size("ffn_dim")),
+        **gpt_line(c, c.layers("num_hidden_layers"), d_model, n_heads, c.size("ffn_dim")),
         **biases(bias, bias, bias),
         "max_positions": positions,
         "positions": "learned",
@@ -139,7 +141,7 @@ def _bloom(c: Config) -> Shape:
     if c.size("n_inner", default=4 * d_model) != 4 * d_model:
         raise refuse("config.n_inner", c.data["n_inner"], f"4 * hidden_size = {4 * d_model}, which BLOOM always uses")
     return {
-        **_gpt(c, c.layers("n_layer", "num_hidden_layers"), d_model, n_heads, 4 * d_model),
+        **gpt_line(c, c.layers("n_layer", "num_hidden_layers"), d_model, n_heads, 4 * d_model),
         "max_positions": c.size("seq_length", default=2048),  # ALiBi has no table; 2048 is what BLOOM was trained on
         "positions": "alibi",
         "embedding_norm": True,
@@ -151,7 +153,7 @@ def _gpt_neox(c: Config) -> Shape:
     n_heads, _ = c.heads(d_model, "num_attention_heads")
     bias = c.flag("attention_bias", default=True)
     return {
-        **_gpt(c, c.layers("num_hidden_layers"), d_model, n_heads, c.size("intermediate_size")),
+        **gpt_line(c, c.layers("num_hidden_layers"), d_model, n_heads, c.size("intermediate_size")),
         **biases(bias, bias, True),
         "max_positions": c.size("max_position_embeddings"),
         "positions": "rotary",
@@ -200,7 +202,7 @@ def _mpt(c: Config) -> Shape:
     else:
         kind = "learned" if c.flag("learned_pos_emb", default=True) else "none"
     return {
-        **_gpt(c, c.layers("n_layers", "num_hidden_layers"), d_model, n_heads, int(ratio * d_model)),
+        **gpt_line(c, c.layers("n_layers", "num_hidden_layers"), d_model, n_heads, int(ratio * d_model)),
         **biases(bias, bias, bias),
         "head_dim": head_dim,
         "max_positions": positions,

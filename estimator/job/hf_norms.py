@@ -10,7 +10,7 @@ from typing import Any
 from estimator.errors import InputError
 from estimator.job.fields import refuse, shown
 from estimator.job.hf_config import Config
-from estimator.job.hf_families import Family, Shape, biases, plain_sizes, rotary
+from estimator.job.hf_families import Family, Shape, biases, gpt_line, rotary
 
 
 def _gpt_neo(c: Config) -> Shape:
@@ -19,19 +19,16 @@ def _gpt_neo(c: Config) -> Shape:
     n_heads, _ = c.heads(d_model, "num_heads", "num_attention_heads")
     n_layers, rows = c.layers("num_layers", "num_hidden_layers"), c.size("max_position_embeddings")
     return {
-        **plain_sizes(c, n_layers, d_model, n_heads, c.size("intermediate_size", default=4 * d_model)),
+        **gpt_line(c, n_layers, d_model, n_heads, c.size("intermediate_size", default=4 * d_model)),
         **biases(False, True, True),
         **_neo_windows(c, n_layers),
-        "norm": "layernorm",
-        "norm_bias": True,
-        "max_positions": rows,
-        "positions": "learned",
-        "position_rows": rows,
-        "norm_eps": c.number("layer_norm_epsilon", default=1e-5),
+        **_learned(rows),
         "activation": c.activation("activation_function", default="gelu_tanh"),
-        "gated_mlp": False,
-        "tied_embeddings": c.flag("tie_word_embeddings", default=True),
     }
+
+
+def _learned(rows: int) -> Shape:
+    return {"max_positions": rows, "positions": "learned", "position_rows": rows}
 
 
 def _neo_windows(c: Config, n_layers: int) -> Shape:
@@ -61,19 +58,11 @@ def _gpt1(c: Config) -> Shape:
     if name not in ("gelu", "gelu_new", "relu", "silu", "swish"):
         raise refuse("config.afn", name, "gelu, relu, silu, swish")
     return {
-        **plain_sizes(c, c.layers("n_layer", "num_hidden_layers"), d_model, n_heads, 4 * d_model),
-        **biases(True, True, True),
-        "norm": "layernorm",
-        "norm_bias": True,
-        "max_positions": rows,
-        "positions": "learned",
-        "position_rows": rows,
-        "norm_eps": c.number("layer_norm_epsilon", default=1e-5),
+        **gpt_line(c, c.layers("n_layer", "num_hidden_layers"), d_model, n_heads, 4 * d_model),
+        **_learned(rows),
         "activation": {"gelu": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}.get(name, name),
-        "gated_mlp": False,
         "pre_norm": False,
         "final_norm": False,
-        "tied_embeddings": c.flag("tie_word_embeddings", default=True),
     }
 
 

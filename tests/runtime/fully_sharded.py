@@ -9,10 +9,11 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
@@ -145,16 +146,22 @@ def tracked_step(job: Job) -> tuple[int, int]:
             optimizer.zero_grad()
 
         step()
-        gc.collect()
-        tracker = Tracker()
-        states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-        for tensor in (*model.parameters(), *states, *model.buffers()):
-            tracker.adopt(tensor)
-        tracker.look()
-        held = tracker.live
-        with tracker:
-            step()
-        return held, tracker.peak
+        states = (value for state in optimizer.state.values() for value in state.values() if value.ndim)
+        return tracked(step, chain(model.parameters(), states, model.buffers()))
+
+
+def tracked(step: Callable[[], None], held: Iterator[torch.Tensor]) -> tuple[int, int]:
+    """Bytes of the tensors ``held`` (an iterator, which keeps none alive) before a step, and the most that are live during it."""
+    gc.collect()
+    tracker = Tracker()
+    for tensor in held:
+        tracker.adopt(tensor)
+    del tensor
+    tracker.look()
+    before = tracker.live
+    with tracker:
+        step()
+    return before, tracker.peak
 
 
 def case(

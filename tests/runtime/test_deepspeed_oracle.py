@@ -30,7 +30,7 @@ from runtime.kernels.cross_entropy import cross_entropy_reference
 from runtime.models import decoder
 from runtime.models.decoder import Decoder
 from tests.runtime import tiny
-from tests.runtime.fully_sharded import DTYPES, MODELS, Tracker
+from tests.runtime.fully_sharded import DTYPES, MODELS, tracked
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 deepspeed = pytest.importorskip("deepspeed")
@@ -156,15 +156,7 @@ def tracked_step(job: Job) -> tuple[int, int]:
     step()
     step()
     gc.collect()
-    tracker = Tracker()
-    for tensor in tensors():
-        if tensor.untyped_storage()._cdata not in others:
-            tracker.adopt(tensor)
-    tracker.look()
-    held = tracker.live
-    with tracker:
-        step()
-    return held, tracker.peak
+    return tracked(step, (tensor for tensor in tensors() if tensor.untyped_storage()._cdata not in others))
 
 
 def run_apart(job: Job) -> tuple[int, int]:

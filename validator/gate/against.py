@@ -12,8 +12,8 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,8 +52,8 @@ def unpacked(revision: str, tree: Path = TREE) -> Iterator[Version]:
             f"--against is {revision!r}; allowed: a commit, branch or tag of the git checkout that Zerocast runs from ({tree})"
         )
     with tempfile.TemporaryDirectory(prefix="zerocast-against-", ignore_cleanup_errors=True) as folder:
-        with tarfile.open(fileobj=io.BytesIO(_git(tree, "archive", "--format=tar", commit))) as archive:
-            archive.extractall(folder, filter="data")
+        with zipfile.ZipFile(io.BytesIO(_git(tree, "archive", "--format=zip", commit))) as archive:
+            archive.extractall(folder)
         if not Path(folder, "validator", "__main__.py").exists():
             raise InputError(
                 f"--against is {revision!r}, which has no validator/__main__.py; allowed: a version of Zerocast"

@@ -10,16 +10,13 @@ import contextlib
 import json
 import os
 import queue
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-from validator.provenance import TREE
+from validator.answering import Answering
 
 LIMIT_S = 25.0
 """For one check."""
@@ -102,59 +99,29 @@ def run_checks(
 
 def _run_from(first: int, command: Sequence[str], limit_s: float) -> Generator[tuple[bool, str], None, None]:
     """What a process says of the checks from ``first`` on, until it ends or is ended; at least of one."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TREE))))}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [*command, str(first)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env,
-            start_new_session=True,
-        )  # fmt: skip
-        lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=_forward, args=(process, lines), daemon=True).start()
-        said, pending = 0, False
-        try:
-            while True:
-                patience_s = limit_s if said else limit_s + START_S
-                try:
-                    line = lines.get(timeout=patience_s)
-                except queue.Empty:
-                    yield False, f"hung: ended after {patience_s:g} s"
-                    return
-                if not line:
-                    break
-                answer = json.loads(line)
-                if "started" in answer:
-                    said += 1
-                    pending = True
-                    continue
-                pending = False
-                yield "found" in answer, answer.get("found") or answer["failed"]
-            status = process.wait()
-            if not said or pending:
-                why = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-                yield False, f"took its process down, {why}{_last_words(log)}"
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    if stream is not None:
-                        stream.close()
-
-
-def _last_words(log: Any) -> str:
-    log.seek(0)
-    lines = [line for line in log.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
-    return f"; its last line: {lines[-1].strip()[:200]}" if lines else ""
-
-
-def _forward(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
-    """Hands on every line, and an empty one at the end."""
-    assert process.stdout is not None
-    with contextlib.suppress(ValueError, OSError):  # closed at the end
-        for line in process.stdout:
-            lines.put(line)
-    lines.put("")
+    process = Answering([*command, str(first)])
+    said, pending = 0, False
+    try:
+        while True:
+            patience_s = limit_s if said else limit_s + START_S
+            try:
+                line = process.answer(patience_s)
+            except queue.Empty:
+                yield False, f"hung: ended after {patience_s:g} s"
+                return
+            if not line:
+                break
+            answer = json.loads(line)
+            if "started" in answer:
+                said += 1
+                pending = True
+                continue
+            pending = False
+            yield "found" in answer, answer.get("found") or answer["failed"]
+        if not said or pending:
+            yield False, f"took its process down, {process.why_it_ended()}"
+    finally:
+        process.end()
 
 
 if __name__ == "__main__":
