@@ -46,7 +46,7 @@ def tree(tmp_path: Path, make_report) -> Path:
     tree = tmp_path / "tree"
     files = {
         "validator/__init__.py": "", "validator/__main__.py": f"STEP_S = 1.0\n{MAIN}",
-        "validator/report.json": report_to_json(make_report()),
+        "validator/report.json": report_to_json(make_report()), ".gitignore": "__pycache__/\n",
     }  # fmt: skip
     for name, text in files.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
