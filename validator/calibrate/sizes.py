@@ -84,7 +84,7 @@ CUDA_BYTES = (64 * MIB, MIB, 512 * MIB, 8 * MIB)
 COPY_BYTES = (64 * MIB, MIB, 512 * MIB, 64 * KIB, 8 * MIB)
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
-QUICK_MESSAGES = (4 * KIB, MIB)
+QUICK_MESSAGES = (64 * KIB, 8 * MIB)
 CPU_MESSAGES = (4 * KIB, 16 * MIB, MIB, 64 * KIB, 4 * MIB, 64 * MIB, 512 * KIB)
 CUDA_MESSAGES = (64 * MIB, 64 * KIB, 512 * MIB, MIB, 8 * MIB, GIB, 256 * KIB, 128 * MIB)
 

@@ -112,8 +112,8 @@ def _matmul(device: str, workers: int, dtypes: tuple[str, ...], quick: bool) -> 
     shapes = of.CPU_SHAPES if device == "cpu" else of.CUDA_SHAPES
     others = (of.CPU_LAYOUTS if workers > 1 else of.CPU_LAYOUTS + of.CPU_ODD) if device == "cpu" else of.CUDA_LAYOUTS
     if quick:
-        shapes = tuple((m // 8, n // 8, k // 8) for m, n, k in shapes[:3])
-        others = tuple((layout, m // 8, n // 8, k // 8) for layout, m, n, k in others[:3])
+        shapes = tuple((m // 2, n // 2, k // 2) for m, n, k in shapes[:3])
+        others = tuple((layout, m // 2, n // 2, k // 2) for layout, m, n, k in others[:3])
     plain = [Task("matmul", "nt", d, shape) for shape in shapes for d in dtypes]
     laid_out = [Task("matmul", layout, d, (m, n, k)) for layout, m, n, k in others for d in dtypes if d != "fp16"]
     found = _interleaved([plain, laid_out]) if device == "cpu" else plain + laid_out
