@@ -51,9 +51,10 @@ class RecomputeClock:
         try:
             with self._parts.part("recompute"), self.around(), inner:
                 yield
-        except Exception as stop:  # the replay ends early: what only its frames hold is gone with them
-            if ledger is not None:
-                clear_frames(stop.__traceback__)
+        except (
+            Exception
+        ) as stop:  # the replay ends early: what only its frames hold goes now, not when the exception does
+            clear_frames(stop.__traceback__)
             raise
         finally:
             self.active = False

@@ -49,7 +49,7 @@ def outside_memory(job: Job, program: StepProgram, costs: Sequence[UnitCost]) ->
 
 _HANDLES = 2
 """cuBLAS handles of a step, each with its workspace: PyTorch gives every thread its own, and autograd's thread runs the backward pass
-(aten/src/ATen/cuda/CublasHandlePool.cpp; seen in torch 2.11's own allocator)."""
+(aten/src/ATen/cuda/CublasHandlePool.cpp; seen in torch 2.11's own allocator, over a stub of CUDA)."""
 
 
 class Communicators(NamedTuple):

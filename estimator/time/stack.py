@@ -41,7 +41,7 @@ RANGES: dict[str, Range] = {
     "attention": Range(0.35, 0.8, 1.8, 0.3, "rate over FlashAttention-2's alone, forward: older kernels reach 0.4 to 0.7 of it, cuDNN's and FlashAttention-3 up to 1.8"),
     "attention_backward": Range(0.35, 0.8, 1.8, 0.3, "the same, backward"),
     "attention_wide": Range(0.6, 1.0, 1.3, 0.1, "that of heads wider than 64 over that of others: registers spill"),
-    "memory": Range(0.4, 1.0, 1.3, 0.15, "bandwidth over a lone stream's of what is bound by memory; above 1 where kernels are fused"),
+    "memory": Range(0.4, 1.0, 1.3, 0.15, "bandwidth over a lone stream's of what is bound by memory; above 1 where kernels are fused, low where a CPU faults fresh pages in"),
     "loss": Range(0.5, 1.0, 1.5, 0.15, "the same of the loss"),
     "network": Range(0.3, 0.9, 1.0, 0.2, "rate over a lone collective's"),
     "contention": Range(0.0, 0.3, 1.0, 0.2, "seconds by which a second of collective beside it slows compute"),

@@ -63,9 +63,8 @@ class LatentSelfAttention(nn.Module):
         k, v = self._keys_and_values(h, cos, sin)
         out = self.core(q, k, v)
         del q, k, v
-        trimmed = out[
-            ..., : shape.value_head_dim
-        ].contiguous()  # of one head too, whose slice would be a view of what is wider
+        # A copy, of one head too, whose slice would be a view of what is wider.
+        trimmed = out[..., : shape.value_head_dim].contiguous()
         return layers.row(trimmed.flatten(2), self.out.weight, self.out.bias)
 
     def _keys_and_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ _OFFLOAD = {"none": "none", "optimizer_cpu": "optimizer", "optimizer_param_cpu":
 _OPTIMIZERS = {"adamw (decoupled)": "adamw"}
 _GRAD_FUSION, _TORCH_2_1, _COMPOSER_0_16_4 = "2022-01-01", "2023-10-04", "2023-10-11"
 """Since when Megatron-LM's products add gradients to where they are kept (about), torch's checkpoint stops early, and Composer reduces
-gradients in fp32 (days of release)."""
+gradients in fp32. The first is about when, from memory; the others are days of release, the change in each from memory."""
 _ROOT_APART = "2025-10-18"
 """Since when torchtitan gathers embedding and head by themselves: its wheel 0.2.0 was made then and does, that of 0.1.0 (2025-06-18) does not."""
 _FLASH = ("flash", "sdpa", "unknown", None)
